@@ -1,0 +1,163 @@
+"""Integer weights.
+
+`int-quantized`, one byte a code, for kernels that multiply integers:
+    weight        I8 [N, K]
+    weight_scale  the weight's dtype or F32 [N, 1]
+
+`pack-quantized`, 2 to 8 bits a code (bit layout: packing.py):
+    weight_packed      I32 [N, ceil(K*bits/32)]
+    weight_scale       the weight's dtype [N, K/group], or [N, 1] per channel
+    weight_shape       I64 [2] = (N, K)
+    weight_zero_point  I32 [ceil(N*bits/32), K/group]; asymmetric only
+
+Symmetric: weight ~ code * scale, scale = amax / ((qmax - qmin) / 2). Asymmetric: weight ~ (code - zero) * scale.
+Source: compressed-tensors, `quantization/utils/helpers.py` (`calculate_qparams`).
+Legend: scheme.py.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from streamquant.errors import RequestError
+from streamquant.schemes.packing import WORD_BITS, pack_int32, unpack_int32
+from streamquant.schemes.rounding import divide
+from streamquant.schemes.scheme import Scales, Scheme, round_scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Integer(Scheme):
+    num_bits: int
+
+    @property
+    def code_min(self) -> float:
+        """The smallest code."""
+        return -float(1 << (self.num_bits - 1))
+
+    @property
+    def code_max(self) -> float:
+        """The largest code."""
+        return float((1 << (self.num_bits - 1)) - 1)
+
+    def round(self, quotient: Tensor) -> Tensor:
+        return quotient.round_().clamp_(self.code_min, self.code_max)
+
+    def _symmetric_scale(self, bounds_BRC: Tensor, dtype: torch.dtype) -> Tensor:
+        return round_scale(divide(bounds_BRC[0], (self.code_max - self.code_min) / 2), dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8(_Integer):
+    """8-bit integers, one scale a channel."""
+
+    num_bits: int = 8
+    scale_dtype: str = "weight"  # "weight" | "float32"
+
+    settings: ClassVar[frozenset[str]] = frozenset({"scale_dtype"})
+
+    @property
+    def format(self) -> str:
+        return "int-quantized"
+
+    @property
+    def weights_config(self) -> dict[str, Any]:
+        return {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False}
+
+    def unit(self, num_columns: int) -> tuple[int, int]:
+        return 1, num_columns
+
+    def scales(self, bounds_BRC: Tensor, dtype: torch.dtype, shared: Tensor | None) -> Scales:
+        del shared
+        stored_RC = self._symmetric_scale(bounds_BRC, torch.float32 if self.scale_dtype == "float32" else dtype)
+        return Scales(stored_RC, stored_RC.float())
+
+    def pack(self, code_NK: Tensor, scales: Scales) -> dict[str, Tensor]:
+        return {"weight": code_NK.to(torch.int8), "weight_scale": scales.stored_RC}
+
+    def unpack(self, stored: Mapping[str, Tensor], num_columns: int) -> tuple[Tensor, Scales]:
+        del num_columns
+        return stored["weight"].float(), Scales(stored["weight_scale"], stored["weight_scale"].float())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedInt(_Integer):
+    """2 to 8-bit integers in int32 words, one scale for a group of columns of a row, or for a row."""
+
+    strategy: str = "group"  # "group" | "channel"
+    group_size: int = 128
+
+    settings: ClassVar[frozenset[str]] = frozenset({"strategy", "group_size", "symmetric"})
+
+    def __post_init__(self) -> None:
+        if self.strategy not in {"group", "channel"}:
+            raise RequestError(f"{self.preset} has strategy channel or group, not {self.strategy}")
+        if self.group_size < 1:
+            raise RequestError(f"group size {self.group_size} is less than 1; for one scale a row use strategy channel")
+        if not self.symmetric and self.activations is not None:
+            raise RequestError(f"{self.preset} has no zero points: no engine reads them beside quantized activations")
+
+    @property
+    def format(self) -> str:
+        return "pack-quantized"
+
+    @property
+    def weights_config(self) -> dict[str, Any]:
+        group = {"group_size": self.group_size} if self.strategy == "group" else {}
+        return {"num_bits": self.num_bits, "type": "int", "strategy": self.strategy, **group, "symmetric": self.symmetric, "dynamic": False}
+
+    @property
+    def row_multiple(self) -> int:
+        return 1 if self.symmetric else WORD_BITS // math.gcd(WORD_BITS, self.num_bits)
+
+    def unit(self, num_columns: int) -> tuple[int, int]:
+        return 1, self.group_size if self.strategy == "group" else num_columns
+
+    def line(self, suffix: str, row: int) -> int:
+        return -(-row * self.num_bits // WORD_BITS) if suffix == "weight_zero_point" else row
+
+    def once(self, shape: tuple[int, int], dtype: torch.dtype, shared: Tensor | None) -> dict[str, Tensor]:
+        del dtype, shared
+        return {"weight_shape": torch.tensor(shape, dtype=torch.int64)}
+
+    def scales(self, bounds_BRC: Tensor, dtype: torch.dtype, shared: Tensor | None) -> Scales:
+        del shared
+        if self.symmetric:
+            stored_RC = self._symmetric_scale(bounds_BRC, dtype)
+            return Scales(stored_RC, stored_RC.float())
+        low_RC, high_RC = bounds_BRC
+        width_RC = (high_RC - low_RC).to(dtype).float()
+        # A width that overflows the dtype stays in float32: the scale, a fraction of it, does fit.
+        largest = torch.finfo(torch.float32).max
+        width_RC = torch.where(width_RC.isinf(), (high_RC - low_RC).clamp(max=largest), width_RC)
+        raw_RC = divide(width_RC, self.code_max - self.code_min).to(dtype)
+        zero_RC = (self.code_min - (low_RC / raw_RC.float()).to(dtype).float()).to(dtype).float()
+        zero_RC = zero_RC.clamp(self.code_min, self.code_max).nan_to_num(nan=0.0).round()  # 0 / 0 in a unit of zeros
+        stored_RC = round_scale(raw_RC.float(), dtype)
+        return Scales(stored_RC, stored_RC.float(), zero_RC)
+
+    def pack(self, code_NK: Tensor, scales: Scales) -> dict[str, Tensor]:
+        stored = {"weight_packed": pack_int32(code_NK.to(torch.int8), self.num_bits), "weight_scale": scales.stored_RC}
+        if scales.zero_RC is not None:
+            stored["weight_zero_point"] = pack_int32(scales.zero_RC.T.to(torch.int8), self.num_bits).T
+        return stored
+
+    def unpack(self, stored: Mapping[str, Tensor], num_columns: int) -> tuple[Tensor, Scales]:
+        code_NK = unpack_int32(stored["weight_packed"], self.num_bits, num_columns).float()
+        zero_RC = None
+        if not self.symmetric:
+            zero_RC = unpack_int32(stored["weight_zero_point"].T.contiguous(), self.num_bits, code_NK.shape[0]).T.float()
+        return code_NK, Scales(stored["weight_scale"], stored["weight_scale"].float(), zero_RC)
+
+    def problem(self, shape: tuple[int, int], *, fused: bool, last: bool) -> str | None:
+        del last
+        num_rows, num_columns = shape
+        if self.strategy == "group" and num_columns % self.group_size:
+            fitting = num_columns & -num_columns  # the largest power of two that divides it
+            return f"has {num_columns} columns; {self.preset} needs a multiple of its group size {self.group_size} ({fitting} would fit)"
+        if fused and not self.symmetric and num_rows % self.row_multiple:
+            return f"has {num_rows} rows and fused partners; packed zero points need a multiple of {self.row_multiple} there"
+        return None

@@ -1,0 +1,92 @@
+"""NVFP4: e2m1 weights in groups of 16, an FP8 scale for each group, one float32 scale over all.
+
+`nvfp4-pack-quantized`:
+    weight_packed        U8 [N, K/2], the even column in the low nibble
+    weight_scale         F8_E4M3 [N, K/16]
+    weight_global_scale  F32 [1]; an inverse scale: it divides the group scale
+
+weight ~ code * weight_scale / weight_global_scale. Engines keep one global scale for weights that they fuse, so fused weights
+share the largest magnitude from which it follows.
+Source: compressed-tensors, `quantization/utils/helpers.py` (`generate_gparam`, `calculate_qparams`).
+Legend: scheme.py.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamquant.schemes.packing import pack_nibbles, unpack_nibbles
+from streamquant.schemes.rounding import FP4_MAX, FP8_MAX, divide, e2m1_nibble, e2m1_value, round_to_e2m1, round_to_e4m3
+from streamquant.schemes.scheme import Scales, Scheme, round_scale
+
+GROUP = 16
+SMALLEST_SCALE = 0.125  # of a group of zeros: the epsilon of float8_e4m3fn
+
+
+@dataclass(frozen=True, kw_only=True)
+class NvFp4(Scheme):
+    """NVFP4 weights."""
+
+    @property
+    def format(self) -> str:
+        return "nvfp4-pack-quantized"
+
+    @property
+    def weights_config(self) -> dict[str, Any]:
+        return {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": GROUP, "symmetric": True, "dynamic": False}
+
+    @property
+    def shares_amax(self) -> bool:
+        return True
+
+    def unit(self, num_columns: int) -> tuple[int, int]:
+        del num_columns
+        return 1, GROUP
+
+    def share(self, amax: Tensor, dtype: torch.dtype) -> Tensor:
+        """The inverse global scale 2688 / amax (2688 = 448 * 6), rounded twice to `dtype` as the peer does; 1 if it overflows."""
+        dtype = _working_dtype(dtype)
+        tiny = torch.finfo(dtype).tiny
+        reciprocal = (1.0 / amax.clamp(min=tiny)).to(dtype).float()
+        inv_scale = (reciprocal * (FP8_MAX * FP4_MAX)).to(dtype).float()
+        return torch.where(inv_scale.isfinite(), inv_scale, 1.0)
+
+    def once(self, shape: tuple[int, int], dtype: torch.dtype, shared: Tensor | None) -> dict[str, Tensor]:
+        del shape, dtype
+        assert shared is not None
+        return {"weight_global_scale": shared}
+
+    def scales(self, bounds_BRC: Tensor, dtype: torch.dtype, shared: Tensor | None) -> Scales:
+        assert shared is not None
+        group_scale_RC = divide(bounds_BRC[0], FP4_MAX).to(_working_dtype(dtype)).float()
+        stored_RC = round_to_e4m3(group_scale_RC * shared)
+        scale_RC = stored_RC.float()
+        nonzero_RC = torch.where(scale_RC > 0, scale_RC, SMALLEST_SCALE)
+        return Scales(nonzero_RC.to(torch.float8_e4m3fn), nonzero_RC / shared)
+
+    def search_scales(self, bounds_BRC: Tensor, dtype: torch.dtype) -> Scales:
+        scale_RC = round_scale(divide(bounds_BRC[0], FP4_MAX), _working_dtype(dtype)).float()
+        return Scales(scale_RC, scale_RC)
+
+    def round(self, quotient: Tensor) -> Tensor:
+        return round_to_e2m1(quotient)
+
+    def pack(self, code_NK: Tensor, scales: Scales) -> dict[str, Tensor]:
+        return {"weight_packed": pack_nibbles(e2m1_nibble(code_NK)), "weight_scale": scales.stored_RC}
+
+    def unpack(self, stored: Mapping[str, Tensor], num_columns: int) -> tuple[Tensor, Scales]:
+        del num_columns
+        scale_RC = stored["weight_scale"].float() / stored["weight_global_scale"]
+        return e2m1_value(unpack_nibbles(stored["weight_packed"])), Scales(stored["weight_scale"], scale_RC)
+
+    def problem(self, shape: tuple[int, int], *, fused: bool, last: bool) -> str | None:
+        del fused, last
+        return f"has {shape[1]} columns; {self.preset} needs a multiple of {GROUP}" if shape[1] % GROUP else None
+
+
+def _working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which scales are computed. 2688 / amax overflows float16, which destroys weights in the peer."""
+    return torch.float32 if dtype == torch.float16 else dtype
