@@ -1,0 +1,59 @@
+"""How the memory budget is spent: blocks of rows, workers, and what may be kept between two passes."""
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from streamquant.errors import RequestError
+from streamquant.plan import Encode, Plan
+
+BLOCK_ELEMENTS = 1 << 18  # a block and its temporaries in float32 about fit a 2 MB L2 cache
+GPU_BLOCK_ELEMENTS = 1 << 24
+WORKING_BYTES = 40  # per element of a block in work: the source and at most nine float32 temporaries (search, e2m1)
+COPY_BYTES = 8 << 20
+MAX_KEEP_BYTES = 64 << 20
+
+
+class Memory(NamedTuple):
+    """Working memory of a conversion, on top of the interpreter."""
+
+    num_workers: int
+    block_elements: int
+    keep_bytes: int  # per worker: weights that share a scale are read once up to this, larger ones twice
+    peak_bytes: int  # predicted
+
+
+def budget_memory(plan: Plan, *, max_bytes: int, num_workers: int, on_gpu: bool) -> Memory:
+    """Fit the work into `max_bytes` with at most `num_workers` workers.
+
+    Raises RequestError naming the smallest budget that works if even one worker needs more.
+    """
+    block_elements = GPU_BLOCK_ELEMENTS if on_gpu else BLOCK_ELEMENTS
+    largest, culprit = COPY_BYTES // WORKING_BYTES, ""
+    for step in plan.steps:
+        if isinstance(step, Encode):
+            for spec in step.sources:
+                num_rows, num_columns = spec.shape
+                rows = max(block_elements // max(num_columns, 1), step.scheme.row_multiple)
+                if min(rows, num_rows) * num_columns > largest:
+                    largest, culprit = min(rows, num_rows) * num_columns, spec.name
+    block_bytes = largest * WORKING_BYTES
+    if block_bytes > max_bytes:
+        raise RequestError(f"{culprit}: its smallest block takes {block_bytes} bytes of working memory; give --max-memory {block_bytes}")
+    num_workers = max(min(num_workers, max_bytes // block_bytes), 1)
+    keep_bytes = min((max_bytes - num_workers * block_bytes) // num_workers, MAX_KEEP_BYTES)
+    keep_bytes = keep_bytes * 4 // 5  # the rest holds what was observed of the weights
+    shared = [sum(s.num_bytes for s in step.sources) for step in plan.steps if isinstance(step, Encode) and step.scheme.shares_amax]
+    kept = max((num_bytes for num_bytes in shared if num_bytes <= keep_bytes), default=0)
+    return Memory(num_workers, block_elements, keep_bytes, num_workers * (block_bytes + kept * 5 // 4))
+
+
+def available_cpus() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def row_blocks(num_rows: int, num_columns: int, *, row_multiple: int, max_elements: int) -> Iterator[tuple[int, int]]:
+    """Half-open ranges of rows of about `max_elements` elements that start at multiples of `row_multiple`."""
+    rows = max(max_elements // max(num_columns, 1) // row_multiple, 1) * row_multiple
+    return ((start, min(start + rows, num_rows)) for start in range(0, num_rows, rows))

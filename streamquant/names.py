@@ -1,0 +1,121 @@
+"""What the name of a tensor says about its place in a model: fused partners, and what is kept unless asked for.
+
+Both are tables, written by hand from what engines do (vLLM's `packed_modules_mapping` and model files).
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+WEIGHT_SUFFIX = ".weight"
+
+
+class FusedSet(NamedTuple):
+    """Modules beside each other that engines stack, in this order, into one weight. Any of them may be missing."""
+
+    members: tuple[str, ...]
+    extras: tuple[str, ...] = ()  # stacked below the members in some families; never without one of them
+
+
+FUSED_SETS = (
+    FusedSet(("q_proj", "k_proj", "v_proj"), extras=("g_proj", "b_proj", "f_a_proj", "output_gate_proj")),
+    FusedSet(("q_a_proj", "kv_a_proj_with_mqa"), extras=("g_proj",)),
+    FusedSet(("wq_a", "wkv_a_with_mqa")),
+    FusedSet(("wq_a", "wkv", "wgate")),
+    FusedSet(("wk", "weights_proj")),
+    FusedSet(("gate_proj", "up_proj")),
+    FusedSet(("w1", "w3")),
+    FusedSet(("c_fc_0", "c_fc_1")),
+    FusedSet(("in_proj_qkv", "in_proj_z")),
+    FusedSet(("in_proj_b", "in_proj_a")),
+    FusedSet(("to_q", "to_k", "to_v")),
+    FusedSet(("query", "key", "value")),
+    FusedSet(("key_proj", "value_proj")),
+)
+
+EMBEDDING = "embedding"
+_TOWER = re.compile(r"(visual|vision|audio|image|video|speech)(_.*)?|(.*_)?projector|embed_(vision|audio)|vit|resampler")
+_MTP = re.compile(r"mtp(_.*)?|.*nextn.*")
+_EMBEDDING = re.compile(r"embed(_.*)?|w[tp]e|(.*_)?embed(ding)?s?|embed_tokens.*")
+_ROUTER = re.compile(r"gate|router.*|shared_expert_gate")
+_STATE_SPACE = {"conv1d", "x_proj", "dt_proj", "in_proj_a", "in_proj_b", "in_proj_ba"}
+_PROJECTION = re.compile(r".*_proj(_.*)?|w\d|wq.*|wk.*|wv|wo|fc\d?|c_fc.*|(up|down|gate)|q|k|v|o|dense.*|linear.*|key|query|value")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """The few numbers of config.json that default keeps depend on; None where it does not say."""
+
+    num_layers: int | None = None
+    num_experts: int | None = None
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | None) -> "ModelFacts":
+        """Reads the config of the language model, which multimodal configs nest."""
+        text = config or {}
+        for key in ("text_config", "llm_config", "language_config"):
+            if isinstance(text.get(key), dict):
+                text = text[key]
+        expert_keys = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+        return cls(
+            num_layers=next((text[key] for key in ("num_hidden_layers", "n_layer") if type(text.get(key)) is int), None),
+            num_experts=next((text[key] for key in expert_keys if type(text.get(key)) is int), None),
+        )
+
+
+def module_name(tensor: str) -> str:
+    """The module that a weight belongs to; other tensors stand for themselves."""
+    return tensor.removesuffix(WEIGHT_SUFFIX)
+
+
+def reason_to_keep(module: str, num_rows: int, facts: ModelFacts) -> str | None:
+    """Why the 2-D weight of `module` is not quantized unless it is asked for by name, or None."""
+    parts = module.split(".")
+    leaf = parts[-1]
+    if any(_TOWER.fullmatch(part) for part in parts):
+        return "vision or audio tower, or projector"
+    layer = _LAYER.search(module)
+    past_the_end = layer is not None and facts.num_layers is not None and int(layer[1]) >= facts.num_layers
+    if past_the_end or any(_MTP.fullmatch(part) for part in parts):
+        return "multi-token prediction"
+    if any(_EMBEDDING.fullmatch(part) for part in parts):
+        return EMBEDDING
+    if leaf == "lm_head" or module in {"output", "model.output"}:
+        return "lm_head"
+    if any(_ROUTER.fullmatch(part) for part in parts):
+        return "router"
+    # Qwen3-Next has 512 experts and k_proj of 512 rows: a row count alone does not make a router.
+    if num_rows == facts.num_experts and not _PROJECTION.fullmatch(leaf):
+        return "router (as many rows as experts)"
+    if leaf in _STATE_SPACE:
+        return "state space or linear attention parameter"
+    if leaf == "kv_b_proj":
+        return "MLA projection that engines absorb"
+    if leaf == "weights_proj" and "indexer" in parts:
+        return "indexer weights"
+    return None
+
+
+def fused_groups(modules: Iterable[tuple[str, int]]) -> list[tuple[str, ...]]:
+    """Groups of two or more fused partners among (module, number of columns), each in stacking order.
+
+    Partners have the same parent and the same number of columns, for engines stack their rows.
+    """
+    roles = {role for fused in FUSED_SETS for role in fused.members + fused.extras}
+    siblings: defaultdict[tuple[str, int], set[str]] = defaultdict(set)
+    for module, num_columns in modules:
+        parent, _, leaf = module.rpartition(".")
+        if leaf in roles:
+            siblings[parent, num_columns].add(leaf)
+    groups = []
+    for (parent, _), leaves in siblings.items():
+        for fused in FUSED_SETS:
+            if not leaves.isdisjoint(fused.members):
+                present = [role for role in fused.members + fused.extras if role in leaves]
+                if len(present) > 1:
+                    leaves.difference_update(present)
+                    groups.append(tuple(f"{parent}.{role}" if parent else role for role in present))
+    return groups

@@ -1,0 +1,408 @@
+"""Headers and a recipe give a plan: what happens to every tensor, and where every byte of the output lies.
+
+Pure: reads nothing but the headers and the config in a `Checkpoint`. Whatever can fail without looking at a weight fails here.
+"""
+
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+
+from streamquant.checkpoint.header import DTYPE_BITS, TensorSpec, build_header
+from streamquant.checkpoint.source import Checkpoint
+from streamquant.errors import CheckpointError, RequestError
+from streamquant.names import EMBEDDING, WEIGHT_SUFFIX, ModelFacts, fused_groups, module_name, reason_to_keep
+from streamquant.quantization_config import describe_quantization
+from streamquant.recipe import Matcher, Recipe, Rule
+from streamquant.schemes import Scheme
+
+TORCH_DTYPES = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+QUANTIZABLE = ("BF16", "F16", "F32")
+NOT_A_MATRIX = "not a 2-D weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A tensor written byte for byte as it is."""
+
+    source: TensorSpec
+    output: TensorSpec
+    reason: str
+
+    @property
+    def sources(self) -> tuple[TensorSpec, ...]:
+        """What is read."""
+        return (self.source,)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What is written."""
+        return (self.output,)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One weight to quantize and the tensors it becomes, by the last part of their names."""
+
+    module: str
+    source: TensorSpec
+    stored: Mapping[str, TensorSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """Weights quantized together: one, or fused partners, which share what their scheme shares."""
+
+    members: tuple[Member, ...]
+    scheme: Scheme
+
+    @property
+    def sources(self) -> tuple[TensorSpec, ...]:
+        """What is read."""
+        return tuple(member.source for member in self.members)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What is written."""
+        return tuple(spec for member in self.members for spec in member.stored.values())
+
+
+Step = Copy | Encode
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """The decision to leave a tensor as it is."""
+
+    reason: str
+    by_user: bool = False
+
+
+Decision = Scheme | Keep
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A file of the output: its header and the steps that fill it. Can be produced without any other shard."""
+
+    file: str
+    header: bytes
+    steps: tuple[Step, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the file."""
+        return len(self.header) + sum(spec.num_bytes for step in self.steps for spec in step.outputs)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a conversion will do."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    shards: tuple[Shard, ...]
+    quantization_config: Mapping[str, Any]
+
+    @property
+    def steps(self) -> Iterator[Step]:
+        """The steps of all shards, in order."""
+        return (step for shard in self.shards for step in shard.steps)
+
+    @cached_property
+    def source_bytes(self) -> int:
+        """Bytes of tensors to read."""
+        return sum(spec.num_bytes for step in self.steps for spec in step.sources)
+
+    @cached_property
+    def output_bytes(self) -> int:
+        """Exact bytes of the output's safetensors files."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over all that decides the bytes of the output, but for the weights themselves."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain values; `streamquant plan --json` prints it. Keys are only ever added."""
+        return {
+            "source": self.checkpoint.source,
+            "source_bytes": self.source_bytes,
+            "output_bytes": self.output_bytes,
+            "shards": [
+                {"file": shard.file, "bytes": shard.num_bytes, "steps": [_step_json(step) for step in shard.steps]} for shard in self.shards
+            ],
+            "quantization_config": dict(self.quantization_config),
+            "side_files": list(self.checkpoint.side_files),
+            "left_out": dict(self.checkpoint.left_out),
+        }
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, max_shard_bytes: int) -> Plan:
+    """Decide what happens to every tensor of the checkpoint.
+
+    Raises RequestError if the recipe cannot be followed, CheckpointError if the checkpoint is of a kind not supported.
+    """
+    _refuse_unsupported(checkpoint)
+    decisions = _decide(checkpoint, recipe)
+    groups = _fused(checkpoint, decisions)
+    shards = _lay_out(_steps(checkpoint, decisions, groups), max_shard_bytes)
+
+    encoded = [step for shard in shards for step in shard.steps if isinstance(step, Encode)]
+    quantized = {member.module: step.scheme for step in encoded for member in step.members}
+    not_linear = {NOT_A_MATRIX, EMBEDDING}
+    kept = [module_name(name) for name, fate in decisions.items() if isinstance(fate, Keep) and fate.reason not in not_linear]
+    has_lm_head = any(name.endswith("lm_head.weight") for name in checkpoint.tensors)
+    config = describe_quantization(quantized, kept, absent_lm_head=not has_lm_head)
+    return Plan(checkpoint, recipe, shards, config)
+
+
+# --- deciding --------------------------------------------------------------------------------------------------------
+
+
+def _refuse_unsupported(checkpoint: Checkpoint) -> None:
+    config = checkpoint.config or {}
+    nested = config.get("text_config")
+    for owner in (config, nested if isinstance(nested, dict) else {}):
+        stated = owner.get("quantization_config") or owner.get("compression_config")
+        if stated:
+            method = stated.get("quant_method") if isinstance(stated, dict) else stated
+            raise CheckpointError(f"{checkpoint.source} is already quantized ({method}); only bf16, fp16 and fp32 sources are supported")
+    for spec in checkpoint.tensors.values():
+        if len(spec.shape) == 3 and "experts" in spec.name.split("."):
+            raise CheckpointError(
+                f"{spec.name} {list(spec.shape)} stacks experts in 3-D, which is not supported; one 2-D weight per expert is"
+            )
+
+
+def _decide(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Decision]:
+    """For each tensor its scheme, or why it is kept, before fused partners are brought into line."""
+    facts = ModelFacts.from_config(checkpoint.config)
+    rules, include = Matcher([rule.pattern for rule in recipe.rules]), Matcher(recipe.include)
+    decisions: dict[str, Decision] = {}
+    for name, spec in checkpoint.tensors.items():
+        module = module_name(name)
+        if not _is_matrix(spec):
+            decisions[name] = Keep(NOT_A_MATRIX)
+            continue
+        default = reason_to_keep(module, spec.shape[0], facts) if include.first(module) is None else None
+        index = rules.first(module)
+        decisions[name] = _decision(spec, None if index is None else recipe.rules[index], default=default)
+    _refuse_unmatched(checkpoint, recipe, rules, include)
+    return decisions
+
+
+def _is_matrix(spec: TensorSpec) -> bool:
+    return spec.name.endswith(WEIGHT_SUFFIX) and len(spec.shape) == 2
+
+
+def _decision(spec: TensorSpec, rule: Rule | None, *, default: str | None) -> Decision:
+    if default == EMBEDDING:  # whoever else keeps it: engines have no linear layer here that must be told
+        return Keep(default)
+    if rule is None:
+        return Keep("no rule asks for it", by_user=True)
+    if rule.scheme is None:
+        return Keep(f"asked for by {rule.origin} {rule.pattern}", by_user=True)
+    if default is not None:
+        return Keep(default)
+    if spec.dtype not in QUANTIZABLE:
+        raise RequestError(f"{spec.name} is {spec.dtype}; only {', '.join(QUANTIZABLE)} can be quantized ({_way_out([spec.name])})")
+    return rule.scheme if spec.num_elements else Keep("empty")
+
+
+def _refuse_unmatched(checkpoint: Checkpoint, recipe: Recipe, rules: Matcher, include: Matcher) -> None:
+    """A pattern that matches nothing is a mistake. One that gives a scheme must match something that could have one."""
+    modules = [module_name(name) for name in checkpoint.tensors]
+    matrices = [module_name(name) for name, spec in checkpoint.tensors.items() if _is_matrix(spec)]
+    for index in rules.unmatched(matrices):
+        rule = recipe.rules[index]
+        if rule.scheme is not None:
+            raise RequestError(
+                f"{rule.origin}: pattern {rule.pattern!r} matches no weight that can be quantized{_hint(rule.pattern, matrices)}"
+            )
+        if rules.unmatched(modules, among=[index]):
+            raise RequestError(f"{rule.origin}: pattern {rule.pattern!r} matches no module{_hint(rule.pattern, modules)}")
+    for index in include.unmatched(matrices):
+        pattern = recipe.include[index]
+        raise RequestError(f"--include: pattern {pattern!r} matches no weight that can be quantized{_hint(pattern, matrices)}")
+
+
+def _hint(pattern: str, modules: Sequence[str]) -> str:
+    """A module whose last parts are the pattern, offered where a plain name matches nothing."""
+    if not pattern.startswith("re:") and any(module.endswith("." + pattern) for module in modules):
+        return f" (did you mean '*.{pattern}'?)"
+    return ""
+
+
+def _fused(checkpoint: Checkpoint, decisions: dict[str, Decision]) -> list[tuple[str, ...]]:
+    """Groups of fused tensors to be quantized together. Where one is kept by default, `decisions` then keep its partners too."""
+    matrices = [(module_name(name), spec.shape[1]) for name, spec in checkpoint.tensors.items() if _is_matrix(spec)]
+    groups = []
+    for modules in fused_groups(matrices):
+        names = tuple(module + WEIGHT_SUFFIX for module in modules)
+        fates = {name: decisions[name] for name in names}
+        schemes = {fate for fate in fates.values() if not isinstance(fate, Keep)}
+        kept = {name: fate for name, fate in fates.items() if isinstance(fate, Keep)}
+        if not schemes:
+            continue
+        if len(schemes) > 1 or any(fate.by_user for fate in kept.values()):
+            said = ", ".join(f"{module_name(name)} {_said(fate)}" for name, fate in fates.items())
+            raise RequestError(f"engines load these as one weight, so they need one scheme: {said}")
+        if kept:
+            name, fate = next(iter(kept.items()))
+            partner = Keep(f"fused with {module_name(name)}, which is kept: {fate.reason}")
+            decisions.update({name: partner for name in names if name not in kept})
+            continue
+        groups.append(names)
+    return groups
+
+
+def _said(decision: Decision) -> str:
+    if isinstance(decision, Keep):
+        return "kept"
+    return decision.preset if decision.observer == "minmax" else f"{decision.preset} ({decision.observer})"
+
+
+def _steps(checkpoint: Checkpoint, decisions: Mapping[str, Decision], groups: Sequence[tuple[str, ...]]) -> list[Step]:
+    """Steps in source order, fused partners together at the place of the first. Outputs have no place yet."""
+    group_of = {name: group for group in groups for name in group}
+    problems: defaultdict[str, list[str]] = defaultdict(list)
+    steps: list[Step] = []
+    done: set[str] = set()
+    for name, spec in checkpoint.tensors.items():
+        decision = decisions[name]
+        if isinstance(decision, Keep):
+            steps.append(Copy(spec, spec, decision.reason))
+        elif name not in done:
+            group = group_of.get(name, (name,))
+            done.update(group)
+            for number, member in enumerate(group, start=1):
+                num_rows, num_columns = checkpoint.tensors[member].shape
+                problem = decision.problem((num_rows, num_columns), fused=len(group) > 1, last=number == len(group))
+                if problem is not None:
+                    problems[f"{member} {problem}"] += group
+            members = tuple(_member(checkpoint.tensors[member], decision) for member in group)
+            steps.append(Encode(members, decision))
+    if problems:
+        first, *others = problems
+        more = f" (and {len(others)} more weights)" if others else ""
+        raise RequestError(f"{first}{more} ({_way_out([name for names in problems.values() for name in names])})")
+    return steps
+
+
+def _way_out(names: Sequence[str]) -> str:
+    patterns = list(dict.fromkeys(module_name(name) for name in names))
+    if len(patterns) > 3:
+        patterns = list(dict.fromkeys(_glob(module) for module in patterns))
+    return "to leave it as it is: " + " ".join(f"--ignore '{pattern}'" for pattern in patterns)
+
+
+def _glob(module: str) -> str:
+    """The last parts of a name, from a named one on, for all layers: `*.experts.*.up_proj`."""
+    parts = ["*" if part.isdecimal() else part for part in module.split(".")]
+    start = -4 if parts[-2:-1] == ["*"] else -2
+    return ".".join(["*", *parts[start:]])
+
+
+def _member(spec: TensorSpec, scheme: Scheme) -> Member:
+    module = module_name(spec.name)
+    stored = {
+        suffix: TensorSpec(f"{module}.{suffix}", dtype, shape, "", 0)
+        for suffix, dtype, shape in stored_tensors(scheme, (spec.shape[0], spec.shape[1]), spec.dtype)
+    }
+    return Member(module, spec, stored)
+
+
+@lru_cache(maxsize=4096)
+def stored_tensors(scheme: Scheme, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+    """(last part of the name, dtype, shape) of what `scheme` stores for a weight, from its encoder run on shapes alone."""
+    weight_NK = torch.empty(shape, dtype=TORCH_DTYPES[dtype], device="meta")
+    stored = scheme.encode_whole(weight_NK)
+    return tuple((suffix, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for suffix, tensor in stored.items())
+
+
+def _lay_out(steps: Sequence[Step], max_shard_bytes: int) -> tuple[Shard, ...]:
+    """Fill shards in order; a step is never split, so a shard is larger than `max_shard_bytes` only if one step is."""
+    names: set[str] = set()
+    for step in steps:
+        for spec in step.outputs:
+            if spec.name in names:
+                raise CheckpointError(f"the output would hold {spec.name} twice: the source has a tensor of that name")
+            names.add(spec.name)
+
+    batches: list[list[Step]] = []
+    filled = 0
+    for step in steps:
+        step_bytes = sum(spec.num_bytes for spec in step.outputs)
+        if not batches or filled + step_bytes > max_shard_bytes:
+            batches.append([])
+            filled = 0
+        batches[-1].append(step)
+        filled += step_bytes
+    if len(batches) == 1:
+        return (_shard("model.safetensors", batches[0]),)
+    return tuple(_shard(f"model-{number:05d}-of-{len(batches):05d}.safetensors", batch) for number, batch in enumerate(batches, start=1))
+
+
+def _shard(file: str, steps: Sequence[Step]) -> Shard:
+    # Widest elements first, so that every tensor is aligned to its element.
+    outputs = sorted((spec for step in steps for spec in step.outputs), key=lambda spec: -DTYPE_BITS[spec.dtype])
+    header, placed = build_header([(spec.name, spec.dtype, spec.shape) for spec in outputs], file=file)
+    places = {spec.name: spec for spec in placed}
+    return Shard(file, header, tuple(_placed(step, places) for step in steps))
+
+
+def _placed(step: Step, places: Mapping[str, TensorSpec]) -> Step:
+    if isinstance(step, Copy):
+        return Copy(step.source, places[step.output.name], step.reason)
+    members = tuple(
+        Member(member.module, member.source, {suffix: places[spec.name] for suffix, spec in member.stored.items()})
+        for member in step.members
+    )
+    return Encode(members, step.scheme)
+
+
+# --- as plain values -------------------------------------------------------------------------------------------------
+
+
+def _step_json(step: Step) -> dict[str, Any]:
+    if isinstance(step, Copy):
+        return {"action": "copy", "reason": step.reason, "source": _spec_json(step.source), "output": _spec_json(step.output)}
+    return {
+        "action": "quantize",
+        "scheme": step.scheme.preset,
+        "observer": step.scheme.observer,
+        "members": [
+            {"module": m.module, "source": _spec_json(m.source), "outputs": [_spec_json(spec) for spec in m.stored.values()]}
+            for m in step.members
+        ],
+    }
+
+
+def _spec_json(spec: TensorSpec) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "dtype": spec.dtype,
+        "shape": list(spec.shape),
+        "file": spec.file,
+        "start": spec.start,
+        "bytes": spec.num_bytes,
+    }
+
+
+def bits_per_weight(scheme: Scheme) -> float:
+    """Bits stored per weight, scales included, for a large matrix."""
+    shape = (4096, 4096)
+    stored = stored_tensors(scheme, shape, "BF16")
+    return sum(math.prod(s) * DTYPE_BITS[dtype] for _, dtype, s in stored) / math.prod(shape)
