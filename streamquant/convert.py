@@ -1,0 +1,321 @@
+"""The use cases: convert a checkpoint, and plan that without doing it."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from streamquant.checkpoint.journal import RECORD_NAME, WORK_FOLDER, Journal, require_same_job
+from streamquant.checkpoint.source import CONFIG_NAME, INDEX_NAME, LocalSource, read_checkpoint
+from streamquant.checkpoint.writer import ShardWriter, sync_folder, write_file
+from streamquant.errors import RequestError, StorageError, VerificationError
+from streamquant.memory import Memory, available_cpus, budget_memory
+from streamquant.plan import Copy, Encode, Plan, Shard, make_plan
+from streamquant.recipe import make_recipe
+from streamquant.stream import OnProgress, stream_shards
+from streamquant.verify import verify
+from streamquant.version import __version__
+
+DEFAULT_MAX_SHARD_SIZE: Final = "5GB"
+DEFAULT_MEMORY: Final = {"cpu": "256MiB", "cuda": "2GiB"}
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What a conversion did."""
+
+    out: str
+    plan: Plan
+    memory: Memory
+    device: str
+    resumed_shards: int  # finished by an earlier run of the same job
+    nonfinite: tuple[str, ...]  # weights with NaN or infinities, stored as zeros
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values."""
+        steps = list(self.plan.steps)
+        encoded = [step for step in steps if isinstance(step, Encode)]
+        return {
+            "streamquant": __version__,
+            "source": self.plan.checkpoint.source,
+            "out": self.out,
+            "device": self.device,
+            "seconds": round(self.seconds, 3),
+            "source_bytes": self.plan.source_bytes,
+            "output_bytes": self.plan.output_bytes,
+            "shards": [shard.file for shard in self.plan.shards],
+            "resumed_shards": self.resumed_shards,
+            "predicted_memory_bytes": self.memory.peak_bytes,
+            "quantized": {member.source.name: step.scheme.preset for step in encoded for member in step.members},
+            "kept": {step.source.name: step.reason for step in steps if isinstance(step, Copy)},
+            "left_out": dict(self.plan.checkpoint.left_out),
+            "nonfinite": list(self.nonfinite),
+        }
+
+
+def plan(
+    source: str | os.PathLike[str],
+    *,
+    scheme: str | None = None,
+    recipe: str | os.PathLike[str] | None = None,
+    ignore: Sequence[str] = (),
+    include: Sequence[str] = (),
+    observer: str | None = None,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    strategy: str | None = None,
+    scale_dtype: str | None = None,
+    format: str = "compressed-tensors",
+    max_shard_size: str | int = DEFAULT_MAX_SHARD_SIZE,
+) -> Plan:
+    """What `convert` would do with the same arguments, from headers and config alone.
+
+    Raises RequestError for a wish that cannot be met, CheckpointError for a source that is damaged or not supported.
+    """
+    settings = {
+        "observer": observer,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "strategy": strategy,
+        "scale_dtype": scale_dtype,
+    }
+    wish = make_recipe(
+        scheme=scheme,
+        recipe=None if recipe is None else Path(recipe),
+        ignore=ignore,
+        include=include,
+        format=format,
+        **settings,
+    )
+    max_shard_bytes = parse_size(max_shard_size)
+    with LocalSource(source) as opened:
+        return make_plan(read_checkpoint(opened), wish, max_shard_bytes=max_shard_bytes)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    scheme: str | None = None,
+    recipe: str | os.PathLike[str] | None = None,
+    ignore: Sequence[str] = (),
+    include: Sequence[str] = (),
+    observer: str | None = None,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    strategy: str | None = None,
+    scale_dtype: str | None = None,
+    format: str = "compressed-tensors",
+    max_shard_size: str | int = DEFAULT_MAX_SHARD_SIZE,
+    device: str = "auto",
+    max_memory: str | int | None = None,
+    threads: int | None = None,
+    allow_nonfinite: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Conversion:
+    """Quantize the checkpoint `source`, a directory or a .safetensors file, into the new directory `out`.
+
+    scheme: preset (see `streamquant schemes`) for every linear weight that is not kept; or None, with a `recipe`.
+    recipe: TOML file of ordered rules (recipe.py); its rules come before `scheme`.
+    ignore, include: patterns of modules to keep, and of modules to quantize although they are kept by default.
+    observer, group_size, symmetric, strategy, scale_dtype: settings of `scheme` in place of its own.
+    format: "compressed-tensors", or "fp8" for native block FP8.
+    max_shard_size: bytes, or a size such as "5GB", of a file of the output.
+    device: "auto" takes a GPU if there is one, else the CPU; also "cpu", "cuda", "cuda:1". The output is the same.
+    max_memory: working memory on top of the interpreter; None: 256MiB, with a GPU 2GiB.
+    threads: workers; None: one for each processor that this process may use.
+    allow_nonfinite: store NaN and infinite weights as zeros instead of stopping.
+    on_progress: called from worker threads, one call at a time.
+
+    A run that was killed goes on when called again with the same arguments, at the shard where it was. `out` gets its
+    index and config last, so no half-written folder loads. Raises a StreamquantError, whose subclasses say whose fault it was;
+    VerificationError means that the finished output does not read back as planned.
+    """
+    started = time.monotonic()
+    out = Path(out)
+    checked_device = resolve_device(device)
+    the_plan = plan(
+        source,
+        scheme=scheme,
+        recipe=recipe,
+        ignore=ignore,
+        include=include,
+        observer=observer,
+        group_size=group_size,
+        symmetric=symmetric,
+        strategy=strategy,
+        scale_dtype=scale_dtype,
+        format=format,
+        max_shard_size=max_shard_size,
+    )
+    memory = plan_memory(the_plan, device=checked_device, max_memory=max_memory, threads=threads)
+    job = _job(the_plan, allow_nonfinite=allow_nonfinite)
+    with LocalSource(source) as opened:
+        _refuse_overlap(opened.folder, out)
+        nonfinite: list[str] = []
+        resumed = 0
+        if not _is_finished(out, job):
+            work = _claim(out)
+            with Journal(work, job) as journal:
+                todo = [shard for shard in the_plan.shards if not _is_done(shard, out, journal)]
+                resumed = len(the_plan.shards) - len(todo)
+                _require_space(out, todo)
+
+                def publish(shard: Shard, writer: ShardWriter) -> None:
+                    writer.publish(out / shard.file)
+                    journal.record(shard.file)
+
+                nonfinite = stream_shards(
+                    todo,
+                    opened,
+                    work=work,
+                    publish=publish,
+                    memory=memory,
+                    device=checked_device,
+                    allow_nonfinite=allow_nonfinite,
+                    on_progress=on_progress,
+                )
+                _finish(the_plan, opened, out, work, job)
+            shutil.rmtree(work)
+    report = verify(out)
+    if report.problems:
+        more = f" (and {len(report.problems) - 1} more; see `streamquant verify {out}`)" if len(report.problems) > 1 else ""
+        raise VerificationError(f"{out} does not read back as planned: {report.problems[0]}{more}")
+    return Conversion(
+        out=str(out),
+        plan=the_plan,
+        memory=memory,
+        device=str(checked_device),
+        resumed_shards=resumed,
+        nonfinite=tuple(nonfinite),
+        seconds=time.monotonic() - started,
+    )
+
+
+def plan_memory(the_plan: Plan, *, device: torch.device, max_memory: str | int | None = None, threads: int | None = None) -> Memory:
+    """How `convert` spends its memory budget on a plan. Raises RequestError if the budget is too small."""
+    if threads is not None and threads < 1:
+        raise RequestError(f"{threads} threads are too few; at least 1")
+    max_bytes = parse_size(DEFAULT_MEMORY[device.type] if max_memory is None else max_memory)
+    return budget_memory(the_plan, max_bytes=max_bytes, num_workers=threads or available_cpus(), on_gpu=device.type != "cpu")
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device that a `device` argument means. Raises RequestError for one that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = device.partition(":")
+    if kind not in DEVICES or (index and not (kind == "cuda" and index.isdecimal())):
+        raise RequestError(f"unknown device {device!r}; known are auto, cpu, cuda and cuda:N")
+    if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):
+        raise RequestError(
+            f"device {device} is not there: torch sees {torch.cuda.device_count()} CUDA devices; --device cpu gives the same bytes"
+        )
+    return torch.device(device)
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes in a size such as 5GB, 256MiB or 1000. Raises RequestError if it is none."""
+    text = str(size).strip().upper()
+    number = text.rstrip("KMGTIB ")
+    unit = text[len(number) :].strip()
+    unit = {"B": "", "K": "KB", "M": "MB", "G": "GB", "T": "TB"}.get(unit, unit)
+    try:
+        num_bytes = int(float(number) * UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise RequestError(f"{size!r} is no size; write for example 5GB or 256MiB") from None
+    if num_bytes < 1:
+        raise RequestError(f"size {size!r} is less than a byte")
+    return num_bytes
+
+
+# --- the output folder -----------------------------------------------------------------------------------------------
+
+
+def _job(the_plan: Plan, *, allow_nonfinite: bool) -> dict[str, Any]:
+    """What the bytes of the output depend on: source, recipe, program version. Equal jobs give equal outputs."""
+    return {
+        "streamquant version": __version__,
+        "source files": dict(the_plan.checkpoint.identity),
+        "recipe": [[rule.pattern, "keep" if rule.scheme is None else repr(rule.scheme)] for rule in the_plan.recipe.rules],
+        "include": list(the_plan.recipe.include),
+        "allow nonfinite": allow_nonfinite,
+        "plan": the_plan.digest,
+    }
+
+
+def _refuse_overlap(folder: Path, out: Path) -> None:
+    source, target = folder.resolve(), out.resolve()
+    if target == source or source in target.parents:
+        raise RequestError(f"OUT {out} is inside SOURCE {folder}; choose another place")
+    if target in source.parents:
+        raise RequestError(f"OUT {out} contains SOURCE {folder}; choose another place")
+
+
+def _is_finished(out: Path, job: Mapping[str, Any]) -> bool:
+    """Whether `out` is the finished output of this job. Raises RequestError if it is anything else of value."""
+    if out.exists() and not out.is_dir():
+        raise RequestError(f"OUT {out} is a file")
+    if not out.exists() or (out / WORK_FOLDER).is_dir() or not any(out.iterdir()):
+        return False
+    record = out / RECORD_NAME
+    if not record.is_file():
+        raise RequestError(f"OUT {out} is not empty and holds no unfinished output of streamquant; choose another OUT")
+    require_same_job(json.loads(record.read_bytes())["job"], job, where=out)
+    return True
+
+
+def _claim(out: Path) -> Path:
+    work = out / WORK_FOLDER
+    work.mkdir(parents=True, exist_ok=True)
+    return work
+
+
+def _is_done(shard: Shard, out: Path, journal: Journal) -> bool:
+    path = out / shard.file
+    return shard.file in journal.finished and path.is_file() and path.stat().st_size == shard.num_bytes
+
+
+def _require_space(out: Path, todo: Sequence[Shard]) -> None:
+    needed, free = sum(shard.num_bytes for shard in todo), shutil.disk_usage(out).free
+    if needed > free:
+        raise StorageError(f"{out} needs {needed} bytes and its file system has {free} free")
+
+
+def _finish(the_plan: Plan, source: LocalSource, out: Path, work: Path, job: Mapping[str, Any]) -> None:
+    """Everything but the shards; the index and the config, which make the folder loadable, come last."""
+    sizes = source.sizes()
+    for file in the_plan.checkpoint.side_files:
+        target = out / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with ShardWriter(work / "side-file.part", header=b"", num_bytes=sizes[file]) as writer:
+            source.copy(file, 0, sizes[file], writer.descriptor, 0)
+            writer.publish(target)
+    record = {"job": job, "shards": {shard.file: shard.num_bytes for shard in the_plan.shards}}
+    write_file(out / RECORD_NAME, _json(record), work=work)
+    if len(the_plan.shards) > 1:
+        write_file(out / INDEX_NAME, _json(_index(the_plan)), work=work)
+    config = dict(the_plan.checkpoint.config or {}) | {"quantization_config": the_plan.quantization_config}
+    write_file(out / CONFIG_NAME, _json(config), work=work)
+    sync_folder(out)
+
+
+def _index(the_plan: Plan) -> dict[str, Any]:
+    outputs = [spec for step in the_plan.steps for spec in step.outputs]
+    return {
+        "metadata": {"total_size": sum(spec.num_bytes for spec in outputs)},
+        "weight_map": {spec.name: spec.file for spec in sorted(outputs, key=lambda spec: spec.name)},
+    }
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
