@@ -1,0 +1,5 @@
+"""`python -m streamquant` is the command line."""
+
+from streamquant.cli import main
+
+main()

@@ -1,0 +1,194 @@
+"""The command line: parses, prints, exits; nothing else does. Flags are the arguments of the functions they call."""
+
+import inspect as introspection
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+import streamquant
+from streamquant import report
+from streamquant.convert import plan_memory, resolve_device
+from streamquant.errors import StreamquantError
+from streamquant.schemes import FORMATS
+from streamquant.schemes.observers import OBSERVERS
+from streamquant.stream import OnProgress, Progress
+
+LINE_SECONDS = 5.0  # between progress lines where there is no terminal
+EXIT_IO = 4
+EXIT_INTERRUPTED = 130
+
+Command = Callable[..., None]
+
+
+def _default(name: str) -> Any:
+    return introspection.signature(streamquant.convert).parameters[name].default
+
+
+def _recipe_options(command: Command) -> Command:
+    """The options that decide what a conversion does, shared by `convert` and `plan`."""
+    options = [
+        click.option("--scheme", metavar="SCHEME", help="Preset for every linear weight that is not kept; see `streamquant schemes`."),
+        click.option("--recipe", metavar="FILE", help="TOML file of ordered rules: pattern -> scheme or keep."),
+        click.option("--ignore", metavar="PATTERN", multiple=True, help="Keep these modules: a name, a glob or re:REGEX. Repeatable."),
+        click.option("--include", metavar="PATTERN", multiple=True, help="Quantize these although they are kept by default. Repeatable."),
+        click.option("--observer", type=click.Choice(list(OBSERVERS)), help="How bounds of weights are found; minmax if not given."),
+        click.option("--group-size", type=int, metavar="N", help="Columns that share a scale, for integer schemes."),
+        click.option("--symmetric/--asymmetric", default=None, help="Without or with zero points, for weight-only integer schemes."),
+        click.option(
+            "--strategy", type=click.Choice(["tensor", "channel", "group", "block"]), help="What shares a scale, for schemes with a choice."
+        ),
+        click.option("--scale-dtype", type=click.Choice(["weight", "float32"]), help="Dtype of FP8 and INT8 scales."),
+        click.option("--format", type=click.Choice(FORMATS), default=_default("format"), show_default=True, help="fp8: native block FP8."),
+        click.option("--max-shard-size", metavar="SIZE", default=_default("max_shard_size"), show_default=True, help="Of an output file."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _machine_options(command: Command) -> Command:
+    """The options that decide how a conversion is done, and change no byte of it."""
+    options = [
+        click.option("--device", default=_default("device"), show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."),
+        click.option("--max-memory", metavar="SIZE", help="Working memory on top of the interpreter; 256MiB, with a GPU 2GiB."),
+        click.option("--threads", type=int, metavar="N", help="Workers; one for each processor if not given."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(streamquant.__version__, prog_name="streamquant")
+def cli() -> None:
+    """Turn a checkpoint into a quantized one, streaming it: no model is built, no shard is held in memory."""
+
+
+@cli.command()
+@click.argument("source")
+@click.argument("out")
+@_recipe_options
+@_machine_options
+@click.option("--allow-nonfinite", is_flag=True, help="Store NaN and infinite weights as zeros instead of stopping.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--report", "report_file", metavar="FILE.json", help="Write what was done to a JSON file.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+def convert(source: str, out: str, *, dry_run: bool, report_file: str | None, quiet: bool, **options: Any) -> None:
+    """Quantize the checkpoint SOURCE (a directory or a .safetensors file) into the new directory OUT.
+
+    Run the same command again after it was killed, and it goes on where it was.
+    """
+    if dry_run:
+        machine = {name: options.pop(name) for name in ("device", "max_memory", "threads")}
+        del options["allow_nonfinite"]
+        _print_plan(source, as_json=False, machine=machine, options=options)
+        return
+    with _ProgressBar(silent=quiet) as on_progress:
+        conversion = streamquant.convert(source, out, on_progress=on_progress, **options)
+    if report_file is not None:
+        Path(report_file).write_text(json.dumps(conversion.to_json(), indent=2) + "\n", encoding="utf-8")
+    if not quiet:
+        click.echo("\n".join(report.conversion_lines(conversion)))
+
+
+@cli.command()
+@click.argument("source")
+@_recipe_options
+@_machine_options
+@click.option("--json", "as_json", is_flag=True, help="Every tensor, as JSON.")
+def plan(source: str, *, as_json: bool, device: str, max_memory: str | None, threads: int | None, **options: Any) -> None:
+    """Show what `convert` would do: what happens to each tensor, sizes, memory."""
+    _print_plan(source, as_json=as_json, machine={"device": device, "max_memory": max_memory, "threads": threads}, options=options)
+
+
+def _print_plan(source: str, *, as_json: bool, machine: dict[str, Any], options: dict[str, Any]) -> None:
+    the_plan = streamquant.plan(source, **options)
+    memory = plan_memory(the_plan, **machine | {"device": resolve_device(machine["device"])})
+    if as_json:
+        click.echo(json.dumps(the_plan.to_json() | {"predicted_memory_bytes": memory.peak_bytes}, indent=2))
+    else:
+        click.echo("\n".join(report.plan_lines(the_plan, memory)))
+
+
+@cli.command()
+@click.argument("source")
+@click.option("--json", "as_json", is_flag=True, help="Every tensor, as JSON.")
+def inspect(source: str, *, as_json: bool) -> None:
+    """Show what is in a checkpoint, from its headers."""
+    inspection = streamquant.inspect(source)
+    click.echo(json.dumps(inspection.to_json(), indent=2) if as_json else "\n".join(report.inspection_lines(inspection)))
+
+
+@cli.command()
+@click.argument("out")
+@click.option("--against", metavar="SOURCE", help="Also compare every tensor with its source.")
+@click.option("--json", "as_json", is_flag=True, help="Every tensor, as JSON.")
+def verify(out: str, *, against: str | None, as_json: bool) -> None:
+    """Check a quantized checkpoint: inventory, index, shapes, scales; exit 6 if anything is off."""
+    result = streamquant.verify(out, against=against)
+    click.echo(json.dumps(result.to_json(), indent=2) if as_json else "\n".join(report.verification_lines(result)))
+    if result.problems:
+        raise streamquant.VerificationError(f"{out}: {len(result.problems)} problems")
+
+
+@cli.command()
+def schemes() -> None:
+    """List the schemes: bits per weight, how they are stored, which engines load them."""
+    click.echo("\n".join(report.scheme_lines()))
+
+
+class _ProgressBar:
+    """A bar in a terminal; without one, a line every few seconds, so that the log of a killed container tells where it was."""
+
+    def __init__(self, *, silent: bool):
+        self._silent = silent
+        self._bar: tqdm[Any] | None = None
+        self._started = self._last_line = time.monotonic()
+
+    def __enter__(self) -> OnProgress | None:
+        return None if self._silent else self._show
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _show(self, progress: Progress) -> None:
+        if sys.stderr.isatty():
+            if self._bar is None:
+                self._bar = tqdm(total=progress.total_bytes, unit="B", unit_scale=True)
+            self._bar.set_postfix_str(progress.tensor, refresh=False)
+            self._bar.update(progress.done_bytes - self._bar.n)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= LINE_SECONDS:
+            self._last_line = now
+            speed = progress.done_bytes / (now - self._started)
+            done, total = report.format_bytes(progress.done_bytes), report.format_bytes(progress.total_bytes)
+            left = (progress.total_bytes - progress.done_bytes) / speed
+            click.echo(f"{done} of {total}, {report.format_bytes(speed)}/s, {left:.0f} s left, at {progress.tensor}", err=True)
+
+
+def main() -> None:
+    """Run the command line; expected failures are one line on stderr and an exit code."""
+    try:
+        cli(standalone_mode=False)
+    except StreamquantError as error:
+        _fail(str(error), error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted; the same command goes on where it was", EXIT_INTERRUPTED)
+    except OSError as error:
+        _fail(f"{error.filename or 'output'}: {error.strerror or error}; what is finished is kept, the same command goes on", EXIT_IO)
+
+
+def _fail(message: str, exit_code: int) -> None:
+    click.echo(f"error: {message}", err=True)
+    sys.exit(exit_code)

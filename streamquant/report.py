@@ -1,0 +1,196 @@
+"""What people read: sizes, tables of plans, checkpoints and verifications, as lines of text."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from streamquant.convert import Conversion
+from streamquant.inspect import Inspection
+from streamquant.memory import Memory
+from streamquant.plan import Copy, Plan, Step, bits_per_weight
+from streamquant.schemes import NEED_ACTIVATION_SCALES, SCHEMES
+from streamquant.verify import Verification
+
+# Which engines load what we write (FORMATS of compressed-tensors 0.19; vLLM 0.33, SGLang 0.5.23, transformers 5.17).
+ENGINES = {
+    "FP8_DYNAMIC": "vLLM, SGLang, transformers",
+    "FP8_BLOCK": "vLLM, SGLang, transformers",
+    "FP8A16": "vLLM, transformers",
+    "W8A8": "vLLM, SGLang, transformers",
+    "INT8": "vLLM, SGLang, transformers",
+    "W8A16": "vLLM, SGLang, transformers",
+    "W4A16": "vLLM, SGLang, transformers",
+    "W4A16_ASYM": "vLLM, SGLang, transformers",
+    "W4A8": "vLLM, transformers",
+    "W4AFP8": "vLLM (SM90), transformers",
+    "NVFP4A16": "vLLM, SGLang, transformers",
+    "MXFP4A16": "vLLM, transformers",
+    "MXFP4": "vLLM, transformers",
+    "MXFP8A16": "vLLM, transformers",
+    "MXFP8": "vLLM, transformers",
+}
+OTHER_ENGINES = "vLLM, transformers"
+MAX_ROWS = 60
+
+
+def format_bytes(num_bytes: float) -> str:
+    """A size in decimal units with three digits: 13.6 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 999.5:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.4g} TB"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Columns aligned on the left, two spaces apart."""
+    lines = [tuple(header), *(tuple(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def plan_lines(plan: Plan, memory: Memory) -> list[str]:
+    """What happens to each tensor, layers folded together, and what it takes."""
+    rows: defaultdict[tuple[str, str, str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
+    for step in plan.steps:
+        for name, shape, dtype, fate, before, after in _fates(step):
+            row = rows[_fold(name), dtype, shape, fate]
+            row[0] += 1
+            row[1] += before
+            row[2] += after
+    lines = table(
+        ("tensor", "count", "dtype", "shape", "before", "after", "what happens"),
+        ((n, str(c), d, s, format_bytes(b), format_bytes(a), f) for (n, d, s, f), (c, b, a) in rows.items()),
+    )
+    lines += ["", *summary_lines(plan)]
+    lines.append(f"memory      {format_bytes(memory.peak_bytes)} of working memory in {memory.num_workers} workers, predicted")
+    return lines
+
+
+def summary_lines(plan: Plan) -> list[str]:
+    """Sizes, what is kept and left out, in a few lines."""
+    quantized = [member for step in plan.steps if not isinstance(step, Copy) for member in step.members]
+    fused = sum(1 for step in plan.steps if not isinstance(step, Copy) and len(step.members) > 1)
+    kept: defaultdict[str, list[str]] = defaultdict(list)
+    for step in plan.steps:
+        if isinstance(step, Copy):
+            kept[step.reason].append(step.source.name)
+    schemes = ", ".join(dict.fromkeys(step.scheme.preset for step in plan.steps if not isinstance(step, Copy)))
+    ratio = plan.output_bytes / max(plan.source_bytes, 1)
+    lines = [
+        f"quantized   {len(quantized)} weights to {schemes or 'nothing'}; {fused} fused groups",
+        *(f"kept        {len(names)} tensors: {reason} ({_examples(names)})" for reason, names in kept.items()),
+        *(f"left out    {file}: {reason}" for file, reason in plan.checkpoint.left_out.items()),
+        f"size        {format_bytes(plan.source_bytes)} -> {format_bytes(plan.output_bytes)} ({ratio:.0%}) in {len(plan.shards)} files",
+    ]
+    if plan.checkpoint.config is None:
+        lines.append("config      the source has no config.json: the output's will hold nothing but quantization_config")
+    return lines
+
+
+def conversion_lines(conversion: Conversion) -> list[str]:
+    """What a conversion did."""
+    lines = summary_lines(conversion.plan)
+    if conversion.resumed_shards:
+        lines.append(f"resumed     {conversion.resumed_shards} of {len(conversion.plan.shards)} files were finished before")
+    for name in conversion.nonfinite:
+        lines.append(f"not finite  {name}: NaN and infinities were stored as zeros")
+    speed = conversion.plan.source_bytes / max(conversion.seconds, 1e-9)
+    lines.append(f"done        {conversion.out} in {conversion.seconds:.1f} s ({format_bytes(speed)}/s, {conversion.device}), verified")
+    return lines
+
+
+def inspection_lines(inspection: Inspection) -> list[str]:
+    """What is in a checkpoint, layers folded together."""
+    rows: defaultdict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0])
+    checkpoint = inspection.checkpoint
+    for spec in checkpoint.tensors.values():
+        row = rows[_fold(spec.name), spec.dtype, _shape(spec.shape)]
+        row[0] += 1
+        row[1] += spec.num_bytes
+    config = checkpoint.config or {}
+    dtypes = ", ".join(f"{dtype} {format_bytes(size)}" for dtype, size in inspection.bytes_by_dtype.items())
+    return [
+        *table(("tensor", "count", "dtype", "shape", "bytes"), ((n, str(c), d, s, format_bytes(b)) for (n, d, s), (c, b) in rows.items())),
+        "",
+        f"model       {config.get('model_type', 'unknown')} ({', '.join(config.get('architectures') or ['no architecture named'])})",
+        f"tensors     {len(checkpoint.tensors)} in {len(checkpoint.shards)} files, {inspection.num_parameters:,} parameters",
+        f"size        {format_bytes(inspection.num_bytes)} ({dtypes})",
+        *(f"left out    {file}: {reason}" for file, reason in checkpoint.left_out.items()),
+    ]
+
+
+def verification_lines(report: Verification) -> list[str]:
+    """What verify found: errors of weights folded over layers, then everything that is off."""
+    rows: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+    for error in report.errors:
+        rows[_fold(error.name), error.scheme].append(error.relative_error)
+    lines = []
+    if rows:
+        lines = table(
+            ("weight", "count", "scheme", "mean relative error", "largest"),
+            ((n, str(len(e)), s, f"{sum(e) / len(e):.5f}", f"{max(e):.5f}") for (n, s), e in rows.items()),
+        )
+        lines += ["", f"copied      {report.num_copied} tensors, the same bytes as in the source"]
+    lines.append(f"checked     {report.num_tensors} tensors, {report.num_quantized} quantized weights")
+    lines += [f"PROBLEM     {problem}" for problem in report.problems[:MAX_ROWS]]
+    if len(report.problems) > MAX_ROWS:
+        lines.append(f"PROBLEM     and {len(report.problems) - MAX_ROWS} more; see --json")
+    lines.append(f"{'failed' if report.problems else 'passed':12}{report.out}")
+    return lines
+
+
+def scheme_lines() -> list[str]:
+    """The presets: what they store and who runs it."""
+    rows = []
+    for name, scheme in SCHEMES.items():
+        inputs = "as they are"
+        if scheme.activations is not None:
+            inputs = f"{scheme.activations.type}{scheme.activations.num_bits} per {scheme.activations.strategy}"
+        settings = ", ".join(sorted(setting.replace("_", " ") for setting in scheme.settings)) or "-"
+        engines = ENGINES.get(name, OTHER_ENGINES)
+        rows.append((name, f"{bits_per_weight(scheme):.2f}", inputs, scheme.format, engines, settings))
+    lines = table(("scheme", "bits/weight", "activations", "stored as", "loads in", "settings"), rows)
+    lines += [
+        "",
+        *(
+            f"{name} stores activation scales, which take calibration data; without: {instead}"
+            for name, instead in NEED_ACTIVATION_SCALES.items()
+        ),
+    ]
+    return [*lines, "FP8_BLOCK with --format fp8 is stored as DeepSeek-V3 does it, which needs no compressed-tensors to load."]
+
+
+def _fates(step: Step) -> list[tuple[str, str, str, str, int, int]]:
+    if isinstance(step, Copy):
+        spec = step.source
+        return [(spec.name, _shape(spec.shape), spec.dtype, f"kept: {step.reason}", spec.num_bytes, spec.num_bytes)]
+    partners = [member.module.rpartition(".")[2] for member in step.members]
+    fate = step.scheme.preset if step.scheme.observer == "minmax" else f"{step.scheme.preset} ({step.scheme.observer})"
+    if len(partners) > 1:
+        fate += f", fused {'+'.join(partners)}"
+    return [
+        (
+            member.source.name,
+            _shape(member.source.shape),
+            member.source.dtype,
+            fate,
+            member.source.num_bytes,
+            sum(spec.num_bytes for spec in member.stored.values()),
+        )
+        for member in step.members
+    ]
+
+
+def _fold(name: str) -> str:
+    """A name with its numbers replaced, so that layers and experts fall into one row."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _examples(names: Sequence[str]) -> str:
+    folded = list(dict.fromkeys(map(_fold, names)))
+    return ", ".join(folded[:3]) + (", ..." if len(folded) > 3 else "")
