@@ -162,7 +162,7 @@ def convert(
     with LocalSource(source) as opened:
         _refuse_overlap(opened.folder, out)
         nonfinite: list[str] = []
-        resumed = 0
+        resumed = len(the_plan.shards)
         if not _is_finished(out, job):
             work = _claim(out)
             with Journal(work, job) as journal:
@@ -246,7 +246,7 @@ def _job(the_plan: Plan, *, allow_nonfinite: bool) -> dict[str, Any]:
     return {
         "streamquant version": __version__,
         "source files": dict(the_plan.checkpoint.identity),
-        "recipe": [[rule.pattern, "keep" if rule.scheme is None else repr(rule.scheme)] for rule in the_plan.recipe.rules],
+        "recipe": {rule.pattern: "keep" if rule.scheme is None else rule.scheme.title for rule in the_plan.recipe.rules},
         "include": list(the_plan.recipe.include),
         "allow nonfinite": allow_nonfinite,
         "plan": the_plan.digest,

@@ -6,7 +6,6 @@ Pure: reads nothing but the headers and the config in a `Checkpoint`. Whatever c
 import hashlib
 import json
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -132,7 +131,8 @@ class Plan:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over all that decides the bytes of the output, but for the weights themselves."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+        decisive = self.to_json() | {"source": ""}  # wherever it lies
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain values; `streamquant plan --json` prints it. Keys are only ever added."""
@@ -160,6 +160,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, max_shard_bytes: int) -
     shards = _lay_out(_steps(checkpoint, decisions, groups), max_shard_bytes)
 
     encoded = [step for shard in shards for step in shard.steps if isinstance(step, Encode)]
+    if not encoded:
+        raise RequestError(f"nothing in {checkpoint.source} would be quantized: every tensor is kept; --include overrides default keeps")
     quantized = {member.module: step.scheme for step in encoded for member in step.members}
     not_linear = {NOT_A_MATRIX, EMBEDDING}
     kept = [module_name(name) for name, fate in decisions.items() if isinstance(fate, Keep) and fate.reason not in not_linear]
@@ -269,15 +271,13 @@ def _fused(checkpoint: Checkpoint, decisions: dict[str, Decision]) -> list[tuple
 
 
 def _said(decision: Decision) -> str:
-    if isinstance(decision, Keep):
-        return "kept"
-    return decision.preset if decision.observer == "minmax" else f"{decision.preset} ({decision.observer})"
+    return "kept" if isinstance(decision, Keep) else decision.title
 
 
 def _steps(checkpoint: Checkpoint, decisions: Mapping[str, Decision], groups: Sequence[tuple[str, ...]]) -> list[Step]:
     """Steps in source order, fused partners together at the place of the first. Outputs have no place yet."""
     group_of = {name: group for group in groups for name in group}
-    problems: defaultdict[str, list[str]] = defaultdict(list)
+    problems: dict[str, tuple[str, ...]] = {}  # with the weights that must be kept to avoid it
     steps: list[Step] = []
     done: set[str] = set()
     for name, spec in checkpoint.tensors.items():
@@ -287,18 +287,27 @@ def _steps(checkpoint: Checkpoint, decisions: Mapping[str, Decision], groups: Se
         elif name not in done:
             group = group_of.get(name, (name,))
             done.update(group)
-            for number, member in enumerate(group, start=1):
-                num_rows, num_columns = checkpoint.tensors[member].shape
-                problem = decision.problem((num_rows, num_columns), fused=len(group) > 1, last=number == len(group))
-                if problem is not None:
-                    problems[f"{member} {problem}"] += group
-            members = tuple(_member(checkpoint.tensors[member], decision) for member in group)
-            steps.append(Encode(members, decision))
+            specs = [checkpoint.tensors[member] for member in group]
+            found = _problems(specs, decision)
+            problems.update(dict.fromkeys(found, group))
+            if not found:
+                steps.append(Encode(tuple(_member(spec, decision) for spec in specs), decision))
     if problems:
         first, *others = problems
         more = f" (and {len(others)} more weights)" if others else ""
         raise RequestError(f"{first}{more} ({_way_out([name for names in problems.values() for name in names])})")
     return steps
+
+
+def _problems(specs: Sequence[TensorSpec], scheme: Scheme) -> list[str]:
+    """What keeps the members of a group from being stored so that engines load them."""
+    problems = []
+    for number, spec in enumerate(specs, start=1):
+        shape = (spec.shape[0], spec.shape[1])
+        problem = scheme.problem(shape, fused=len(specs) > 1, last=number == len(specs))
+        if problem is not None:
+            problems.append(f"{spec.name} {problem}")
+    return problems
 
 
 def _way_out(names: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from streamquant.errors import CheckpointError
-from streamquant.schemes import Scheme, scheme_from_config
+from streamquant.schemes import NATIVE_FP8, Scheme, scheme_from_config
 from streamquant.schemes.fp8 import BLOCK, NativeFp8
 
 CLASS_TARGET = "Linear"
@@ -76,9 +76,8 @@ def quantized_modules(config: Mapping[str, Any]) -> Callable[[str], Scheme | Non
 def _native_reader(config: Mapping[str, Any]) -> Callable[[str], Scheme | None]:
     if config["weight_block_size"] != [BLOCK, BLOCK]:
         raise CheckpointError(f"quantization_config: weight_block_size {config['weight_block_size']} is not [{BLOCK}, {BLOCK}]")
-    scheme = NativeFp8(preset="FP8_BLOCK")
     dense = set(config.get("modules_to_not_convert") or ())
-    return lambda module: None if module in dense else scheme
+    return lambda module: None if module in dense else NATIVE_FP8
 
 
 def _reader(config: Mapping[str, Any]) -> Callable[[str], Scheme | None]:

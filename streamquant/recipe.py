@@ -1,8 +1,8 @@
 """Recipes: ordered rules that say which module gets which scheme.
 
-The first rule whose pattern matches a module decides. Patterns are names of modules (a name stands for all modules below it, too),
-globs (`*.mlp.experts.*`; `*` crosses dots) or regular expressions (`re:.*q_proj`, matched from the start as compressed-tensors
-does). Modules that are kept by default (names.py) stay kept, whatever a rule says, unless `include` names them.
+The first rule whose pattern matches a module decides. Patterns are names of modules (`model.layers.3`), globs (`*.self_attn`; `*`
+crosses dots), both of which stand for the modules below as well, or regular expressions (`re:.*q_proj`, matched from the start as
+compressed-tensors does). Modules that are kept by default (names.py) stay kept, whatever a rule says, unless `include` names them.
 
 A recipe file is TOML:
 
@@ -73,6 +73,8 @@ def make_recipe(
     given = {name: value for name, value in settings.items() if value is not None}
     document = {} if recipe is None else _read_document(Path(recipe))
     file_scheme = document.pop("scheme", None)
+    if file_scheme is not None and not isinstance(file_scheme, str):
+        raise RequestError(f"{recipe}: scheme must be a name, not {file_scheme!r}")
     if scheme is None and given:
         raise RequestError(f"{_option(next(iter(given)))} needs --scheme; rules of a recipe carry their own settings")
     if scheme is not None and file_scheme is not None:
@@ -80,12 +82,16 @@ def make_recipe(
     rules = [Rule(pattern, None, "--ignore") for pattern in ignore]
     rules += [Rule(pattern, None, f"ignore in {recipe}") for pattern in _patterns(document.pop("ignore", []), f"{recipe}: ignore")]
     include = (*include, *_patterns(document.pop("include", []), f"{recipe}: include"))
-    for number, entry in enumerate(document.pop("rule", []), start=1):
+    entries = document.pop("rule", [])
+    if not isinstance(entries, list):
+        raise RequestError(f"{recipe}: rules must be tables, written [[rule]]")
+    for number, entry in enumerate(entries, start=1):
         rules += _read_rule(entry, where=f"{recipe}: rule {number}", format=format)
     if document:
         raise RequestError(f"{recipe}: unknown key {next(iter(document))!r}; known are scheme, ignore, include, rule")
-    if scheme is not None or file_scheme is not None:
-        rules.append(Rule("*", find_scheme(scheme or file_scheme, format=format, **given), "--scheme"))
+    default = scheme or file_scheme
+    if default is not None:
+        rules.append(Rule("*", find_scheme(default, format=format, **given), "--scheme"))
     if all(rule.scheme is None for rule in rules):
         raise RequestError("nothing to do: give --scheme or a recipe with at least one scheme")
     return Recipe(tuple(rules), tuple(include))
@@ -178,7 +184,10 @@ class Matcher:
 
 def _expression(pattern: str) -> str:
     """One pattern as a regular expression. Compiled here by itself, so that an error names it."""
-    expression = pattern.removeprefix("re:") if pattern.startswith("re:") else fnmatch.translate(pattern)
+    if pattern.startswith("re:"):
+        expression = pattern.removeprefix("re:")
+    else:
+        expression = f"{fnmatch.translate(pattern)}|{fnmatch.translate(pattern + '.*')}"
     if re.search(r"\\[1-9]", expression):
         raise RequestError(f"pattern {pattern!r} refers back to a group, which is not supported")
     try:

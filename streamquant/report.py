@@ -75,11 +75,11 @@ def summary_lines(plan: Plan) -> list[str]:
     for step in plan.steps:
         if isinstance(step, Copy):
             kept[step.reason].append(step.source.name)
-    schemes = ", ".join(dict.fromkeys(step.scheme.preset for step in plan.steps if not isinstance(step, Copy)))
+    schemes = ", ".join(dict.fromkeys(step.scheme.title for step in plan.steps if not isinstance(step, Copy)))
     ratio = plan.output_bytes / max(plan.source_bytes, 1)
     lines = [
         f"quantized   {len(quantized)} weights to {schemes or 'nothing'}; {fused} fused groups",
-        *(f"kept        {len(names)} tensors: {reason} ({_examples(names)})" for reason, names in kept.items()),
+        *(f"kept        {len(names)} x {reason}: {_examples(names)}" for reason, names in kept.items()),
         *(f"left out    {file}: {reason}" for file, reason in plan.checkpoint.left_out.items()),
         f"size        {format_bytes(plan.source_bytes)} -> {format_bytes(plan.output_bytes)} ({ratio:.0%}) in {len(plan.shards)} files",
     ]
@@ -92,7 +92,7 @@ def conversion_lines(conversion: Conversion) -> list[str]:
     """What a conversion did."""
     lines = summary_lines(conversion.plan)
     if conversion.resumed_shards:
-        lines.append(f"resumed     {conversion.resumed_shards} of {len(conversion.plan.shards)} files were finished before")
+        lines.append(f"resumed     {conversion.resumed_shards} of {len(conversion.plan.shards)} files were finished by an earlier run")
     for name in conversion.nonfinite:
         lines.append(f"not finite  {name}: NaN and infinities were stored as zeros")
     speed = conversion.plan.source_bytes / max(conversion.seconds, 1e-9)
@@ -166,7 +166,7 @@ def _fates(step: Step) -> list[tuple[str, str, str, str, int, int]]:
         spec = step.source
         return [(spec.name, _shape(spec.shape), spec.dtype, f"kept: {step.reason}", spec.num_bytes, spec.num_bytes)]
     partners = [member.module.rpartition(".")[2] for member in step.members]
-    fate = step.scheme.preset if step.scheme.observer == "minmax" else f"{step.scheme.preset} ({step.scheme.observer})"
+    fate = step.scheme.title
     if len(partners) > 1:
         fate += f", fused {'+'.join(partners)}"
     return [

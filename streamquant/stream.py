@@ -255,4 +255,4 @@ def _largest(bounds: Sequence[Tensor]) -> Tensor:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
+    return tensor.cpu().reshape(-1).view(torch.uint8).numpy().data

@@ -178,7 +178,7 @@ def _stored_weight(module: str, scheme: Scheme, tensors: dict[str, TensorSpec], 
     dtype = scale.dtype if scale is not None and scale.dtype in QUANTIZABLE else "BF16"
     try:
         expected = {suffix: (dtype_, shape_) for suffix, dtype_, shape_ in stored_tensors(scheme, shape, dtype)}
-    except RuntimeError:  # torch cannot cut this shape into the scheme's units
+    except RequestError:  # its groups do not divide this shape
         return f"{module} of shape {list(shape)} cannot be stored as {scheme.preset}"
     found = {suffix: (spec.dtype, spec.shape) for suffix, spec in tensors.items()}
     if found != expected:

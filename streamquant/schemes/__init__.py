@@ -20,7 +20,7 @@ from streamquant.schemes.nvfp4 import NvFp4
 from streamquant.schemes.observers import OBSERVERS
 from streamquant.schemes.scheme import Activations, Scheme
 
-__all__ = ["FORMATS", "SCHEMES", "Scheme", "find_scheme", "scheme_from_config"]
+__all__ = ["FORMATS", "NATIVE_FP8", "SCHEMES", "Scheme", "find_scheme", "scheme_from_config"]
 
 FP8_TOKEN = Activations(num_bits=8, type="float", strategy="token")
 FP8_GROUP = Activations(num_bits=8, type="float", strategy="group", group_size=128)
@@ -50,6 +50,8 @@ SCHEMES: dict[str, Scheme] = {
     "MXFP8A16": MxFp8(preset="MXFP8A16"),
     "MXFP8": MxFp8(preset="MXFP8", activations=MXFP8_GROUP),
 }
+
+NATIVE_FP8 = NativeFp8(preset="FP8_BLOCK", activations=FP8_GROUP)
 
 NEED_ACTIVATION_SCALES = {"FP8": "FP8_DYNAMIC", "NVFP4": "NVFP4A16"}
 
@@ -84,7 +86,7 @@ def find_scheme(
     if format == "fp8":
         if name != "FP8_BLOCK":
             raise RequestError(f"format fp8 stores FP8_BLOCK and no other scheme, not {name}")
-        scheme = NativeFp8(preset="FP8_BLOCK", activations=FP8_GROUP)
+        scheme = NATIVE_FP8
     if group_size is not None and strategy is None and "group_size" in scheme.settings:
         strategy = "group"
     wanted = {"group_size": group_size, "symmetric": symmetric, "strategy": strategy, "scale_dtype": scale_dtype}

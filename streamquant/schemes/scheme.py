@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from streamquant.errors import RequestError
 from streamquant.schemes.observers import observe_units
 
 
@@ -94,6 +95,11 @@ class Scheme(ABC):
     def unpack(self, stored: Mapping[str, Tensor], num_columns: int) -> tuple[Tensor, Scales]:
         """The inverse of `pack`: values of codes (float32 [N, K]) and scales."""
 
+    @property
+    def title(self) -> str:
+        """The preset, with the observer unless that is minmax."""
+        return self.preset if self.observer == "minmax" else f"{self.preset} ({self.observer})"
+
     # --- what a format may say --------------------------------------------------------------------------------------
 
     @property
@@ -168,9 +174,14 @@ class Scheme(ABC):
         return self.join_units(code_RaCb * scales.scale_RC[:, None, :, None], code_NK.shape)
 
     def units(self, weight_NK: Tensor) -> Tensor:
-        """The weight as [R, a, C, b]: a view, but where units at the edge are filled up with zeros."""
+        """The weight as [R, a, C, b]: a view, but where blocks at the edge are filled up with zeros.
+
+        Raises RequestError if groups of columns do not divide it.
+        """
         unit_rows, unit_columns = self.unit(weight_NK.shape[1])
         missing = (0, -weight_NK.shape[1] % unit_columns, 0, -weight_NK.shape[0] % unit_rows)
+        if unit_rows == 1 and any(missing):
+            raise RequestError(f"{weight_NK.shape[1]} columns are no multiple of {unit_columns}, which {self.preset} needs")
         if any(missing):
             weight_NK = F.pad(weight_NK, missing)
         return weight_NK.view(-1, unit_rows, weight_NK.shape[1] // unit_columns, unit_columns)

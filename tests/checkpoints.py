@@ -1,0 +1,77 @@
+"""Tiny real checkpoints."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+WIKI_LLAMA = Path(__file__).parent.parent / "examples" / "wiki-llama"
+
+
+def weight(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Normal numbers of the usual size of weights."""
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
+
+
+def write_checkpoint(
+    folder: Path, *shards: Mapping[str, Tensor], config: Mapping[str, Any] | None = None, side_files: Mapping[str, str] | None = None
+) -> Path:
+    """A folder with these shards (an index too, if there are several), a config and side files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = (
+        ["model.safetensors"]
+        if len(shards) == 1
+        else [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    )
+    for name, tensors in zip(names, shards, strict=True):
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {key: name for name, tensors in zip(names, shards, strict=True) for key in tensors}
+        total = sum(tensor.nbytes for tensors in shards for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 2} | dict(config or {})))
+    for name, text in (side_files or {}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def attention(layer: int = 0, *, columns: int = 128, seed: int = 1) -> dict[str, Tensor]:
+    """q, k, v and o of a layer, k with much larger weights than q."""
+    prefix = f"model.layers.{layer}.self_attn"
+    return {
+        f"{prefix}.q_proj.weight": weight(128, columns, seed=seed),
+        f"{prefix}.k_proj.weight": weight(128, columns, seed=seed + 1) * 5,
+        f"{prefix}.v_proj.weight": weight(128, columns, seed=seed + 2),
+        f"{prefix}.o_proj.weight": weight(columns, 128, seed=seed + 3),
+    }
+
+
+def mlp(prefix: str, *, columns: int = 128, rows: int = 128, seed: int = 10) -> dict[str, Tensor]:
+    """gate, up and down below `prefix`, up with much larger weights than gate."""
+    return {
+        f"{prefix}.gate_proj.weight": weight(rows, columns, seed=seed),
+        f"{prefix}.up_proj.weight": weight(rows, columns, seed=seed + 1) * 5,
+        f"{prefix}.down_proj.weight": weight(columns, rows, seed=seed + 2),
+    }
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, by the safetensors library."""
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The quantization_config of a folder."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
+    return config
+
+
+def file_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

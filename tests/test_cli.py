@@ -1,0 +1,95 @@
+"""The command line as a user meets it: what it prints, where, and how it exits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import streamquant
+from tests.checkpoints import WIKI_LLAMA, attention, weight, write_checkpoint
+
+ROOT = Path(streamquant.__file__).parent.parent
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "streamquant", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_plan_convert_verify_inspect_and_schemes_tell_what_they_did(tmp_path: Path) -> None:
+    planned = run("plan", WIKI_LLAMA, "--scheme", "NVFP4A16")
+    assert "NVFP4A16, fused q_proj+k_proj+v_proj" in planned.stdout
+    assert "kept: lm_head" in planned.stdout
+    converted = run("convert", WIKI_LLAMA, tmp_path / "out", "--scheme", "NVFP4A16", "--report", tmp_path / "report.json")
+    assert (converted.returncode, converted.stderr) == (0, "")
+    assert "quantized   42 weights to NVFP4A16; 12 fused groups" in converted.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["quantized"]) == 42
+    assert report["kept"]["lm_head.weight"] == "lm_head"
+    verified = run("verify", tmp_path / "out", "--against", WIKI_LLAMA, "--json")
+    assert json.loads(verified.stdout)["problems"] == []
+    assert "6,819,072 parameters" in run("inspect", WIKI_LLAMA).stdout
+    assert len(json.loads(run("inspect", WIKI_LLAMA, "--json").stdout)["tensors"]) == 57
+    assert "NVFP4A16     4.50" in run("schemes").stdout
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
+    arguments = (WIKI_LLAMA, "--scheme", "W4A16", "--group-size", "64", "--asymmetric")
+    dry = run("convert", arguments[0], tmp_path / "out", *arguments[1:], "--dry-run")
+    assert dry.stdout == run("plan", *arguments).stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_quiet_is_quiet(tmp_path: Path) -> None:
+    done = run("convert", WIKI_LLAMA, tmp_path / "out", "--scheme", "W8A8", "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "said"),
+    [
+        (["convert", WIKI_LLAMA, "{tmp}/out"], 2, "nothing to do: give --scheme"),
+        (["convert", WIKI_LLAMA, "{tmp}/out", "--scheme", "W4A17"], 2, "unknown scheme 'W4A17'; known are FP8_DYNAMIC"),
+        (["convert", WIKI_LLAMA, "{tmp}/out", "--scheme", "FP8"], 2, "take calibration data; without data use FP8_DYNAMIC"),
+        (["convert", WIKI_LLAMA, "{tmp}/out", "--schema", "W4A16"], 2, "No such option"),
+        (["convert", WIKI_LLAMA, "{tmp}/out", "--scheme", "W4A16", "--device", "tpu"], 2, "unknown device 'tpu'"),
+        (["convert", WIKI_LLAMA, "{tmp}/out", "--scheme", "W4A16", "--device", "cuda:77"], 2, "device cuda:77 is not there"),
+        (["convert", WIKI_LLAMA, "{tmp}/out", "--scheme", "W4A16", "--max-memory", "1KB"], 2, "give --max-memory"),
+        (["convert", WIKI_LLAMA, "{tmp}/out", "--scheme", "W4A16", "--threads", "0"], 2, "0 threads are too few"),
+        (["convert", "{tmp}/no", "{tmp}/out", "--scheme", "W4A16"], 3, "does not exist"),
+        (["convert", "{tmp}", "{tmp}/out", "--scheme", "W4A16"], 3, "holds no .safetensors file"),
+        (["convert", WIKI_LLAMA, "/proc/out", "--scheme", "W4A16"], 4, "/proc/out"),
+        (["verify", WIKI_LLAMA], 2, "no quantization_config"),
+        (["inspect", "pyproject.toml"], 3, "is not a .safetensors file"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_an_exit_code(tmp_path: Path, arguments: list[object], exit_code: int, said: str) -> None:
+    failed = run(*(str(argument).format(tmp=tmp_path) for argument in arguments))
+    assert failed.returncode == exit_code, failed
+    assert said in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert failed.stdout == ""
+    if "No such option" not in said:
+        assert failed.stderr.startswith("error: ")
+        assert failed.stderr.count("\n") == 1
+
+
+def test_damage_exits_with_6(tmp_path: Path) -> None:
+    tensors = attention()
+    source = write_checkpoint(tmp_path / "source", tensors)
+    streamquant.convert(source, tmp_path / "out", scheme="W4A16")
+    other = write_checkpoint(tmp_path / "other", tensors | {"model.norm.weight": weight(8)})
+    failed = run("verify", tmp_path / "out", "--against", other)
+    assert failed.returncode == 6
+    assert "PROBLEM     model.norm.weight of the source is missing" in failed.stdout
+
+
+def test_without_a_terminal_progress_is_plain_lines(tmp_path: Path) -> None:
+    code = "import streamquant.cli as c; c.LINE_SECONDS = 0; c.main()"
+    command = [sys.executable, "-c", code, "convert", str(WIKI_LLAMA), str(tmp_path / "out"), "--scheme", "W4A16"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    lines = done.stderr.splitlines()
+    assert len(lines) > 10
+    assert all(" of 13.6 MB, " in line and " s left, at " in line for line in lines)

@@ -1,0 +1,93 @@
+"""Fused partners and default keeps, on names of real models."""
+
+import pytest
+
+from streamquant.names import EMBEDDING, ModelFacts, fused_groups, reason_to_keep
+
+LAYER = "model.layers.3."
+
+
+@pytest.mark.parametrize(
+    ("modules", "groups"),
+    [
+        (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"], [["q_proj", "k_proj", "v_proj"]]),
+        (["self_attn.k_proj", "self_attn.q_proj"], [["q_proj", "k_proj"]]),  # no v: k serves as v
+        (["mlp.experts.7.up_proj", "mlp.experts.7.gate_proj", "mlp.experts.8.gate_proj"], [["gate_proj", "up_proj"]]),
+        (["mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"], [["gate_proj", "up_proj"]]),
+        (["block_sparse_moe.experts.0.w1", "block_sparse_moe.experts.0.w2", "block_sparse_moe.experts.0.w3"], [["w1", "w3"]]),
+        (["self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.q_b_proj"], [["q_a_proj", "kv_a_proj_with_mqa"]]),
+        (["linear_attn.in_proj_qkv", "linear_attn.in_proj_z"], [["in_proj_qkv", "in_proj_z"]]),
+        (["attn.to_q", "attn.to_k", "attn.to_v"], [["to_q", "to_k", "to_v"]]),
+        (["attn.wq_a", "attn.wkv"], [["wq_a", "wkv"]]),
+        (["attn.wq_a", "attn.wkv_a_with_mqa"], [["wq_a", "wkv_a_with_mqa"]]),
+        (["linear_attn.q_proj", "linear_attn.k_proj", "linear_attn.g_proj"], [["q_proj", "k_proj", "g_proj"]]),
+        (["self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.g_proj"], [["q_a_proj", "kv_a_proj_with_mqa", "g_proj"]]),
+        (["mlp.c_fc_0", "mlp.c_fc_1"], [["c_fc_0", "c_fc_1"]]),
+        (["mlp.w1"], []),  # a partner that is missing, or ignored
+        (["a.gate_proj", "b.up_proj"], []),
+    ],
+)
+def test_partners_are_found_by_parent_and_role(modules: list[str], groups: list[list[str]]) -> None:
+    found = fused_groups((LAYER + module, 64) for module in modules)
+    assert [[module.rpartition(".")[2] for module in group] for group in found] == groups
+
+
+def test_weights_that_cannot_be_stacked_are_no_partners() -> None:
+    assert fused_groups([("cross.q_proj", 64), ("cross.k_proj", 128), ("cross.v_proj", 128)]) == [("cross.k_proj", "cross.v_proj")]
+
+
+FACTS = ModelFacts(num_layers=61, num_experts=512)
+
+
+@pytest.mark.parametrize(
+    ("module", "part_of_reason"),
+    [
+        ("lm_head", "lm_head"),
+        ("output", "lm_head"),
+        ("model.embed_tokens", EMBEDDING),
+        ("transformer.wte", EMBEDDING),
+        ("bert.embeddings.word_embeddings", EMBEDDING),
+        (LAYER + "mlp.gate", "router"),
+        (LAYER + "block_sparse_moe.gate", "router"),
+        (LAYER + "router.proj", "router"),
+        (LAYER + "mlp.gate.wg", "router"),
+        (LAYER + "mixer.gate", "router"),
+        (LAYER + "mlp.shared_expert_gate", "router"),
+        (LAYER + "ffn.chooser", "router (as many rows as experts)"),
+        (LAYER + "linear_attn.in_proj_ba", "state space"),
+        (LAYER + "mamba.x_proj", "state space"),
+        (LAYER + "self_attn.kv_b_proj", "MLA"),
+        (LAYER + "self_attn.indexer.weights_proj", "indexer"),
+        ("visual.blocks.0.attn.qkv", "tower"),
+        ("model.vision_tower.encoder.layers.0.mlp.gate_proj", "tower"),
+        ("model.vision_tower.linear.up_proj", "tower"),
+        ("model.embed_vision.embedding_projection", "tower"),
+        ("multi_modal_projector.linear_1", "tower"),
+        ("mm_projector.gate_proj", "tower"),
+        ("audio_tower.layers.0.self_attn.q_proj", "tower"),
+        ("mtp.fc", "multi-token"),
+        ("model.layers.61.eh_proj", "multi-token"),
+        ("model.layers.61.mlp.experts.0.up_proj", "multi-token"),
+        ("model.nextn_predict.up_proj", "multi-token"),
+    ],
+)
+def test_what_is_kept_by_default(module: str, part_of_reason: str) -> None:
+    assert part_of_reason in str(reason_to_keep(module, 512, FACTS))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "self_attn.k_proj", "mlp.experts.0.gate_proj", "mlp.shared_expert.up_proj", "mlp.gate_proj", "mlp.gate_up_proj", "mlp.c_fc",
+        "self_attn.q_a_proj", "linear_attn.in_proj_qkvz", "linear_attn.out_proj", "block_sparse_moe.experts.3.w1", "self_attn.qkv_proj",
+    ],
+)  # fmt: skip
+def test_projections_are_not_mistaken_for_routers_even_with_as_many_rows_as_experts(module: str) -> None:
+    """Qwen3-Next has 512 experts, k_proj of 512 rows and experts of 512 rows."""
+    assert reason_to_keep(LAYER + module, 512, FACTS) is None
+
+
+def test_facts_come_from_the_language_model_of_a_nested_config() -> None:
+    config = {"model_type": "vlm", "num_hidden_layers": 2, "text_config": {"num_hidden_layers": 40, "n_routed_experts": 64}}
+    assert ModelFacts.from_config(config) == ModelFacts(num_layers=40, num_experts=64)
+    assert ModelFacts.from_config(None) == ModelFacts()

@@ -1,0 +1,246 @@
+"""What happens to every tensor, and what is refused before a weight is read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import streamquant
+from streamquant.checkpoint.header import DTYPE_BITS, TensorSpec
+from streamquant.errors import CheckpointError, RequestError
+from streamquant.memory import budget_memory, row_blocks
+from streamquant.plan import Copy, Encode, Plan
+from tests.checkpoints import attention, mlp, weight, write_checkpoint
+
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+def fates(plan: Plan) -> dict[str, str]:
+    """Source tensor -> scheme, or why it is kept."""
+    return {spec.name: step.reason if isinstance(step, Copy) else step.scheme.title for step in plan.steps for spec in step.sources}
+
+
+def groups(plan: Plan) -> list[list[str]]:
+    return [[m.module for m in step.members] for step in plan.steps if isinstance(step, Encode) and len(step.members) > 1]
+
+
+@pytest.fixture
+def moe(tmp_path: Path) -> Path:
+    """Attention, experts, a shared expert, a router, embeddings, norms; partners lie in different shards."""
+    gates = mlp(f"{EXPERTS}.0") | mlp(f"{EXPERTS}.1", seed=20) | mlp("model.layers.0.mlp.shared_expert", seed=30) | attention()
+    first = {name: tensor for name, tensor in gates.items() if "up_proj" not in name and "k_proj" not in name and "v_proj" not in name}
+    second = {name: tensor for name, tensor in gates.items() if name not in first}
+    others = {
+        "model.embed_tokens.weight": weight(256, 128),
+        "lm_head.weight": weight(256, 128),
+        "model.layers.0.mlp.gate.weight": weight(2, 128),
+        "model.layers.0.mlp.shared_expert_gate.weight": weight(1, 128),
+        "model.layers.0.input_layernorm.weight": weight(128),
+        "model.layers.0.norm1.weight": weight(128),
+        "model.layers.0.self_attn.q_proj.bias": weight(128),
+        "model.layers.0.step": torch.tensor(3),
+    }
+    return write_checkpoint(tmp_path / "moe", first, others, second, config={"num_experts": 2})
+
+
+def test_every_tensor_is_accounted_for_and_no_default_needs_an_ignore_list(moe: Path) -> None:
+    """llm-compressor quantizes embeddings, lm_head and routers unless they are listed, and trips over a norm named norm1 (E12)."""
+    plan = streamquant.plan(moe, scheme="NVFP4A16")
+    found = fates(plan)
+    assert len(found) == len(streamquant.inspect(moe).checkpoint.tensors)
+    assert {name: reason for name, reason in found.items() if reason != "NVFP4A16"} == {
+        "model.embed_tokens.weight": "embedding",
+        "lm_head.weight": "lm_head",
+        "model.layers.0.mlp.gate.weight": "router",
+        "model.layers.0.mlp.shared_expert_gate.weight": "router",
+        "model.layers.0.input_layernorm.weight": "not a 2-D weight",
+        "model.layers.0.norm1.weight": "not a 2-D weight",
+        "model.layers.0.self_attn.q_proj.bias": "not a 2-D weight",
+        "model.layers.0.step": "not a 2-D weight",
+    }
+    assert plan.quantization_config["ignore"] == ["lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.shared_expert_gate"]
+
+
+def test_fused_partners_are_found_across_shards_and_land_in_one(moe: Path) -> None:
+    plan = streamquant.plan(moe, scheme="NVFP4A16", max_shard_size=20_000)
+    assert [[module.rpartition(".")[2] for module in group] for group in groups(plan)] == [
+        ["gate_proj", "up_proj"],
+        ["gate_proj", "up_proj"],
+        ["gate_proj", "up_proj"],
+        ["q_proj", "k_proj", "v_proj"],
+    ]
+    assert len(plan.shards) > 4
+    for step in plan.steps:
+        assert len({spec.file for spec in step.outputs}) == 1
+
+
+def test_outputs_tile_their_shards(moe: Path) -> None:
+    for scheme in ("W4A16_ASYM", "FP8_BLOCK", "NVFP4A16"):
+        assert_tiled(streamquant.plan(moe, scheme=scheme, max_shard_size=30_000))
+
+
+def assert_tiled(plan: Plan) -> None:
+    for shard in plan.shards:
+        specs = sorted((spec for step in shard.steps for spec in step.outputs), key=lambda spec: (spec.start, spec.end))
+        position = len(shard.header)
+        for spec in specs:
+            assert (spec.file, spec.start) == (shard.file, position)
+            assert spec.start % (DTYPE_BITS[spec.dtype] // 8) == 0
+            position = spec.end
+        assert position == shard.num_bytes
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 300), st.sampled_from([32, 64, 96, 416])), min_size=1, max_size=8),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    scheme=st.sampled_from(["FP8_DYNAMIC", "W8A8", "MXFP4", "MXFP8", "NVFP4A16"]),
+    max_shard_size=st.integers(1, 200_000),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_shapes_are_laid_out_without_gap_or_overlap(
+    tmp_path_factory: pytest.TempPathFactory, shapes: list[tuple[int, int]], dtype: torch.dtype, scheme: str, max_shard_size: int
+) -> None:
+    tensors = {f"m.{index}.w.weight": torch.zeros(shape, dtype=dtype) for index, shape in enumerate(shapes)}
+    folder = write_checkpoint(tmp_path_factory.mktemp("any"), tensors)
+    plan = streamquant.plan(folder, scheme=scheme, max_shard_size=max_shard_size)
+    assert_tiled(plan)
+    assert sum(shard.num_bytes for shard in plan.shards) == plan.output_bytes
+    assert all(shard.num_bytes - len(shard.header) <= max_shard_size or len(shard.steps) == 1 for shard in plan.shards)
+
+
+def test_a_layer_without_v_proj_is_fused_as_far_as_it_goes(tmp_path: Path) -> None:
+    """llm-compressor raises 'Dependency weight not found' (E2)."""
+    tensors = {name: tensor for name, tensor in attention().items() if "v_proj" not in name}
+    plan = streamquant.plan(write_checkpoint(tmp_path / "k_eq_v", tensors), scheme="NVFP4A16")
+    assert groups(plan) == [["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]]
+
+
+def test_partners_are_sought_after_what_is_ignored(tmp_path: Path) -> None:
+    """llm-compressor looks for w3 beside the w1 of an ignored vision tower and raises (E3)."""
+    tensors = mlp("model.layers.0.mlp") | {"vision_tower.blocks.0.w1.weight": weight(64, 64), "side.0.w1.weight": weight(64, 64)}
+    plan = streamquant.plan(write_checkpoint(tmp_path / "vlm", tensors), scheme="NVFP4A16", ignore=["side"])
+    assert groups(plan) == [["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"]]
+    assert plan.quantization_config["ignore"] == ["lm_head", "side.0.w1", "vision_tower.blocks.0.w1"]
+
+
+def test_a_partner_kept_by_default_keeps_its_partners(tmp_path: Path) -> None:
+    indexer = "model.layers.0.self_attn.indexer"
+    tensors = mlp("model.layers.0.mlp") | {f"{indexer}.wk.weight": weight(64, 64), f"{indexer}.weights_proj.weight": weight(64, 64)}
+    plan = streamquant.plan(write_checkpoint(tmp_path / "indexer", tensors), scheme="W8A8")
+    assert fates(plan)[f"{indexer}.wk.weight"] == f"fused with {indexer}.weights_proj, which is kept: indexer weights"
+
+
+@pytest.mark.parametrize("rule", ["scheme = 'FP8_DYNAMIC'", "keep = true", "scheme = 'NVFP4A16'\nobserver = 'mse'"])
+def test_partners_of_different_fate_are_refused_by_name(moe: Path, tmp_path: Path, rule: str) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f"[[rule]]\nmatch = '*.k_proj'\n{rule}")
+    with pytest.raises(RequestError, match=r"one scheme: .*self_attn.q_proj NVFP4A16, .*self_attn.k_proj"):
+        streamquant.plan(moe, scheme="NVFP4A16", recipe=recipe)
+
+
+def test_include_overrides_a_default_and_only_that(moe: Path) -> None:
+    plan = streamquant.plan(moe, scheme="W8A16", include=["lm_head", "model.embed_tokens"])
+    found = fates(plan)
+    assert found["lm_head.weight"] == found["model.embed_tokens.weight"] == "W8A16"
+    assert found["model.layers.0.mlp.gate.weight"] == "router"
+    assert plan.quantization_config["config_groups"]["group_0"]["targets"] == ["Linear", "lm_head", "model.embed_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"scheme": "W4A16", "group_size": 96}, r"_proj.weight has 128 columns.*group size 96 \(128 would fit\).*--ignore"),
+        ({"scheme": "W4A16", "ignore": ["no.such"]}, "pattern 'no.such' matches no module"),
+        ({"scheme": "W4A16", "ignore": ["up_proj"]}, r"did you mean '\*.up_proj'"),
+        ({"scheme": "W4A16", "include": ["*.norm1"]}, "--include: pattern .* matches no weight that can be quantized"),
+        ({"scheme": "W4A16", "ignore": ["*"]}, "nothing in .* would be quantized"),
+        ({"scheme": "W4A16", "max_shard_size": "5 apples"}, "'5 apples' is no size"),
+        ({"scheme": "W4A16", "max_shard_size": 0}, "less than a byte"),
+    ],
+)
+def test_an_impossible_wish_fails_here_with_the_way_out(moe: Path, arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        streamquant.plan(moe, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "arguments", "said"),
+    [
+        ({"a.0.up_proj.weight": weight(64, 100)}, {"scheme": "NVFP4A16"}, "100 columns; NVFP4A16 needs a multiple of 16"),
+        ({"a.0.up_proj.weight": weight(64, 48)}, {"scheme": "MXFP8"}, "48 columns; MXFP8 needs a multiple of 32"),
+        ({"a.0.up_proj.weight": weight(64, 192)}, {"scheme": "FP8_BLOCK"}, "192 columns; FP8_BLOCK needs a multiple of 128"),
+        (
+            mlp("a.0", rows=192),
+            {"scheme": "FP8_BLOCK", "ignore": ["*.down_proj"]},
+            "gate_proj.weight has 192 rows and engines stack a fused partner below it",
+        ),
+        (mlp("a.0", rows=132), {"scheme": "W4A16_ASYM", "ignore": ["*.down_proj"]}, "gate_proj.weight has 132 rows and fused partners"),
+        ({"a.0.up_proj.weight": weight(64, 64).double()}, {"scheme": "W8A8"}, "a.0.up_proj.weight is F64; only BF16, F16, F32"),
+        (
+            {"a.0.up_proj.weight": weight(64, 128), "a.0.up_proj.weight_scale": weight(64, 1)},
+            {"scheme": "W8A8"},
+            "would hold a.0.up_proj.weight_scale twice",
+        ),
+    ],
+)
+def test_a_weight_that_cannot_be_stored_is_named(tmp_path: Path, tensors: dict[str, Tensor], arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises((RequestError, CheckpointError), match=said):
+        streamquant.plan(write_checkpoint(tmp_path / "odd", tensors), **arguments)
+
+
+def test_a_block_with_fewer_rows_is_fine_below_its_partners(tmp_path: Path) -> None:
+    """kv_a_proj_with_mqa of DeepSeek-V3 has 576 rows and is the last of its set."""
+    prefix = "model.layers.0.self_attn"
+    tensors = {f"{prefix}.q_a_proj.weight": weight(256, 128), f"{prefix}.kv_a_proj_with_mqa.weight": weight(192, 128)}
+    assert len(groups(streamquant.plan(write_checkpoint(tmp_path / "mla", tensors), scheme="FP8_BLOCK"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "said"),
+    [
+        ({"m.layers.0.mlp.experts.gate_up_proj": weight(2, 64, 64)}, {}, "stacks experts in 3-D"),
+        ({"a.weight": weight(64, 64)}, {"quantization_config": {"quant_method": "fp8"}}, r"already quantized \(fp8\)"),
+        ({"a.weight": weight(64, 64)}, {"text_config": {"quantization_config": {"quant_method": "gptq"}}}, r"already quantized \(gptq\)"),
+    ],
+)
+def test_sources_that_are_not_supported_are_refused(tmp_path: Path, tensors: dict[str, Tensor], config: dict[str, Any], said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        streamquant.plan(write_checkpoint(tmp_path / "source", tensors, config=config), scheme="FP8_DYNAMIC")
+
+
+def test_the_plan_as_json_names_every_byte_and_depends_on_nothing_else(moe: Path) -> None:
+    plan = streamquant.plan(moe, scheme="W4A16")
+    read = json.loads(json.dumps(plan.to_json()))
+    steps = [step for shard in read["shards"] for step in shard["steps"]]
+    outputs = [spec for step in steps for member in step.get("members", []) for spec in member["outputs"]]
+    outputs += [step["output"] for step in steps if step["action"] == "copy"]
+    assert sum(spec["bytes"] for spec in outputs) + sum(len(shard.header) for shard in plan.shards) == read["output_bytes"]
+    assert plan.digest == streamquant.plan(str(moe) + "/.", scheme="w4a16").digest
+    assert plan.digest != streamquant.plan(moe, scheme="W4A16", observer="mse").digest
+
+
+@given(st.integers(1, 2000), st.integers(1, 3000), st.sampled_from([1, 8, 128]), st.integers(1, 1 << 18))
+def test_row_blocks_cover_all_rows_once(num_rows: int, num_columns: int, row_multiple: int, max_elements: int) -> None:
+    blocks = list(row_blocks(num_rows, num_columns, row_multiple=row_multiple, max_elements=max_elements))
+    assert [row for start, end in blocks for row in range(start, end)] == list(range(num_rows))
+    assert all(start % row_multiple == 0 for start, _ in blocks)
+    assert all((end - start) * num_columns <= max(max_elements, row_multiple * num_columns) for start, end in blocks)
+
+
+def test_a_budget_too_small_is_refused_with_the_one_that_works(moe: Path) -> None:
+    plan = streamquant.plan(moe, scheme="FP8_BLOCK")
+    with pytest.raises(RequestError, match=r"give --max-memory (\d+)") as error:
+        budget_memory(plan, max_bytes=1000, num_workers=8, on_gpu=False)
+    enough = int(str(error.value).rpartition(" ")[2])
+    memory = budget_memory(plan, max_bytes=enough, num_workers=8, on_gpu=False)
+    assert memory.num_workers == 1
+    assert memory.peak_bytes <= enough
+
+
+def test_a_spec_knows_its_bytes() -> None:
+    assert TensorSpec("a", "F4", (3, 4), "f", 10).end == 16
