@@ -42,6 +42,7 @@ _EMBEDDING = re.compile(r"embed(_.*)?|w[tp]e|(.*_)?embed(ding)?s?|embed_tokens.*
 _ROUTER = re.compile(r"gate|router.*|shared_expert_gate")
 _STATE_SPACE = {"conv1d", "x_proj", "dt_proj", "in_proj_a", "in_proj_b", "in_proj_ba"}
 _PROJECTION = re.compile(r".*_proj(_.*)?|w\d|wq.*|wk.*|wv|wo|fc\d?|c_fc.*|(up|down|gate)|q|k|v|o|dense.*|linear.*|key|query|value")
+_EXPERT = re.compile(r"(.*\.)?experts\.\d+\..*")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -69,6 +70,11 @@ class ModelFacts:
 def module_name(tensor: str) -> str:
     """The module that a weight belongs to; other tensors stand for themselves."""
     return tensor.removesuffix(WEIGHT_SUFFIX)
+
+
+def is_expert(module: str) -> bool:
+    """Whether the module lies in one of many experts; shared experts are ordinary layers."""
+    return _EXPERT.fullmatch(module) is not None
 
 
 def reason_to_keep(module: str, num_rows: int, facts: ModelFacts) -> str | None:

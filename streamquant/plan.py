@@ -16,7 +16,7 @@ import torch
 from streamquant.checkpoint.header import DTYPE_BITS, TensorSpec, build_header
 from streamquant.checkpoint.source import Checkpoint
 from streamquant.errors import CheckpointError, RequestError
-from streamquant.names import EMBEDDING, WEIGHT_SUFFIX, ModelFacts, fused_groups, module_name, reason_to_keep
+from streamquant.names import EMBEDDING, WEIGHT_SUFFIX, ModelFacts, fused_groups, is_expert, module_name, reason_to_keep
 from streamquant.quantization_config import describe_quantization
 from streamquant.recipe import Matcher, Recipe, Rule
 from streamquant.schemes import Scheme
@@ -220,7 +220,9 @@ def _decision(spec: TensorSpec, rule: Rule | None, *, default: str | None) -> De
         return Keep(default)
     if spec.dtype not in QUANTIZABLE:
         raise RequestError(f"{spec.name} is {spec.dtype}; only {', '.join(QUANTIZABLE)} can be quantized ({_way_out([spec.name])})")
-    return rule.scheme if spec.num_elements else Keep("empty")
+    if not spec.num_elements:
+        return Keep("empty")
+    return rule.scheme.for_expert() if is_expert(module_name(spec.name)) else rule.scheme
 
 
 def _refuse_unmatched(checkpoint: Checkpoint, recipe: Recipe, rules: Matcher, include: Matcher) -> None:

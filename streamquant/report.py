@@ -15,7 +15,7 @@ from streamquant.verify import Verification
 ENGINES = {
     "FP8_DYNAMIC": "vLLM, SGLang, transformers",
     "FP8_BLOCK": "vLLM, SGLang, transformers",
-    "FP8A16": "vLLM, transformers",
+    "FP8A16": "vLLM (no experts), transformers",
     "W8A8": "vLLM, SGLang, transformers",
     "INT8": "vLLM, SGLang, transformers",
     "W8A16": "vLLM, SGLang, transformers",

@@ -99,12 +99,21 @@ def test_fused_weights_share_one_global_scale_wherever_they_lie(source: Path, tm
 
 @pytest.mark.parametrize("scheme", ["W4A8", "W4AFP8"])
 def test_w4a8_is_stored_packed_as_vllm_wants_it(source: Path, tmp_path: Path, scheme: str) -> None:
-    """llm-compressor stores int8 that the kernels do not load (E11)."""
+    """llm-compressor stores int8 that the kernels do not load (E11). Only the experts of W4A8 are read as bytes."""
     streamquant.convert(source, tmp_path / "out", scheme=scheme)
     written = read_tensors(tmp_path / "out")
     assert written["model.layers.0.self_attn.q_proj.weight_packed"].dtype == torch.int32
-    group = read_config(tmp_path / "out")["config_groups"]["group_0"]
-    assert (group["format"], group["input_activations"]["num_bits"]) == ("pack-quantized", 8)
+    expert = "model.layers.0.mlp.experts.0.up_proj"
+    groups = {group["format"]: group for group in read_config(tmp_path / "out")["config_groups"].values()}
+    assert all(group["weights"]["num_bits"] == 4 and group["input_activations"]["num_bits"] == 8 for group in groups.values())
+    if scheme == "W4A8":
+        assert groups.keys() == {"pack-quantized", "int-quantized"}
+        assert written[f"{expert}.weight"].dtype == torch.int8
+        assert written[f"{expert}.weight"].abs().max() <= 8
+    else:
+        assert groups.keys() == {"pack-quantized"}
+        assert f"{expert}.weight_packed" in written
+    assert not streamquant.verify(tmp_path / "out", against=source).problems
 
 
 def test_mixed_precision_is_one_recipe_file_and_disjoint_groups(source: Path, tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ def test_a_faulty_recipe_file_is_refused_with_the_place(tmp_path: Path, text: st
         ({"scheme": "FP8"}, "without data use FP8_DYNAMIC"),
         ({"scheme": "NVFP4"}, "without data use NVFP4A16"),
         ({"scheme": "FP8_DYNAMIC", "group_size": 64}, "FP8_DYNAMIC has no group size"),
+        ({"scheme": "W4AFP8", "group_size": 64}, "W4AFP8 has no group size"),
         ({"scheme": "W4A16", "observer": "best"}, "unknown observer"),
         ({"scheme": "W4A16", "scale_dtype": "float32"}, "W4A16 has no scale dtype"),
         ({"scheme": "W4A16", "format": "fp8"}, "format fp8 stores FP8_BLOCK"),

@@ -5,7 +5,7 @@
     weight_NK = scheme.decode(stored, num_columns)
 
 Names and meaning of the presets are those of compressed-tensors (`quantization/quant_scheme.py`), plus FP8A16 (FP8 weights, inputs
-untouched), which has no name there. W4A8 and W4AFP8 are stored packed, which is what vLLM reads.
+untouched), which has no name there. W4A8 and W4AFP8 are stored packed, which is what vLLM reads; the experts of W4A8 as bytes.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any
 
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.schemes.fp8 import Fp8, NativeFp8
-from streamquant.schemes.integer import Int8, PackedInt
+from streamquant.schemes.integer import ByteInt, PackedInt
 from streamquant.schemes.mx import MxFp4, MxFp8
 from streamquant.schemes.nvfp4 import NvFp4
 from streamquant.schemes.observers import OBSERVERS
@@ -32,8 +32,8 @@ SCHEMES: dict[str, Scheme] = {
     "FP8_DYNAMIC": Fp8(preset="FP8_DYNAMIC", activations=FP8_TOKEN),
     "FP8_BLOCK": Fp8(preset="FP8_BLOCK", strategy="block", activations=FP8_GROUP),
     "FP8A16": Fp8(preset="FP8A16"),
-    "W8A8": Int8(preset="W8A8", activations=INT8_TOKEN),
-    "INT8": Int8(preset="INT8", activations=INT8_TOKEN),
+    "W8A8": ByteInt(preset="W8A8", num_bits=8, strategy="channel", activations=INT8_TOKEN),
+    "INT8": ByteInt(preset="INT8", num_bits=8, strategy="channel", activations=INT8_TOKEN),
     "W8A16": PackedInt(preset="W8A16", num_bits=8),
     "W7A16": PackedInt(preset="W7A16", num_bits=7),
     "W6A16": PackedInt(preset="W6A16", num_bits=6),
@@ -116,17 +116,16 @@ def scheme_from_config(format: str, weights: Mapping[str, Any], activations: Map
     strategy = str(weights["strategy"])
     scheme: Scheme
     match format:
-        case "pack-quantized":
-            scheme = PackedInt(
+        case "pack-quantized" | "int-quantized":
+            kind = PackedInt if format == "pack-quantized" else ByteInt
+            scheme = kind(
                 preset=format,
                 num_bits=weights["num_bits"],
                 strategy=strategy,
-                group_size=weights.get("group_size") or PackedInt.group_size,
+                group_size=weights.get("group_size") or 128,
                 symmetric=weights.get("symmetric", True),
                 activations=inputs,
             )
-        case "int-quantized":
-            scheme = Int8(preset=format, activations=inputs)
         case "float-quantized" | "naive-quantized":
             scheme = Fp8(preset=format, strategy=strategy, activations=inputs)
         case "nvfp4-pack-quantized":

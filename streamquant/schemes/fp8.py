@@ -14,7 +14,7 @@ Legend: scheme.py.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +33,6 @@ class Fp8(Scheme):
     strategy: str = "channel"
     scale_dtype: str = "weight"  # "weight" | "float32"
 
-    settings: ClassVar[frozenset[str]] = frozenset({"strategy", "scale_dtype"})
-
     def __post_init__(self) -> None:
         block_activations = self.activations is not None and self.activations.strategy == "group"
         allowed = {"block"} if block_activations else {"tensor", "channel"}
@@ -44,6 +42,10 @@ class Fp8(Scheme):
             raise RequestError(f"{self.preset} has strategy {' or '.join(sorted(allowed))}, not {self.strategy}")
         if self.strategy == "tensor" and self.observer != "minmax":
             raise RequestError(f"observer {self.observer} needs a scale per channel or block; {self.preset} here has one per tensor")
+
+    @property
+    def settings(self) -> frozenset[str]:
+        return frozenset({"strategy", "scale_dtype"})
 
     @property
     def format(self) -> str:
@@ -118,8 +120,9 @@ class NativeFp8(Fp8):
     strategy: str = "block"
     scale_dtype: str = "float32"
 
-    quant_method: ClassVar[str] = "fp8"
-    settings: ClassVar[frozenset[str]] = frozenset()
+    @property
+    def settings(self) -> frozenset[str]:
+        return frozenset()
 
     @property
     def format(self) -> str:

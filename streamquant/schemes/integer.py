@@ -2,7 +2,7 @@
 
 `int-quantized`, one byte a code, for kernels that multiply integers:
     weight        I8 [N, K]
-    weight_scale  the weight's dtype or F32 [N, 1]
+    weight_scale  the weight's dtype or F32 [N, 1]; the weight's dtype [N, K/group]
 
 `pack-quantized`, 2 to 8 bits a code (bit layout: packing.py):
     weight_packed      I32 [N, ceil(K*bits/32)]
@@ -17,8 +17,8 @@ Legend: scheme.py.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +32,19 @@ from streamquant.schemes.scheme import Scales, Scheme, round_scale
 @dataclass(frozen=True, kw_only=True)
 class _Integer(Scheme):
     num_bits: int
+    strategy: str = "group"  # "group" | "channel"
+    group_size: int = 128
+
+    def __post_init__(self) -> None:
+        if self.strategy not in {"group", "channel"}:
+            raise RequestError(f"{self.preset} has strategy channel or group, not {self.strategy}")
+        if self.group_size < 1:
+            raise RequestError(f"group size {self.group_size} is less than 1; for one scale a row use strategy channel")
+
+    @property
+    def weights_config(self) -> dict[str, Any]:
+        group = {"group_size": self.group_size} if self.strategy == "group" else {}
+        return {"num_bits": self.num_bits, "type": "int", "strategy": self.strategy, **group, "symmetric": self.symmetric, "dynamic": False}
 
     @property
     def code_min(self) -> float:
@@ -43,32 +56,38 @@ class _Integer(Scheme):
         """The largest code."""
         return float((1 << (self.num_bits - 1)) - 1)
 
+    def unit(self, num_columns: int) -> tuple[int, int]:
+        return 1, self.group_size if self.strategy == "group" else num_columns
+
     def round(self, quotient: Tensor) -> Tensor:
         return quotient.round_().clamp_(self.code_min, self.code_max)
+
+    def problem(self, shape: tuple[int, int], *, fused: bool, last: bool) -> str | None:
+        del fused, last
+        num_columns = shape[1]
+        if self.strategy == "channel" or num_columns % self.group_size == 0:
+            return None
+        problem = f"has {num_columns} columns; {self.preset} needs a multiple of its group size {self.group_size}"
+        fitting = num_columns & -num_columns  # the largest power of two that divides it
+        return f"{problem} ({fitting} would fit)" if "group_size" in self.settings else problem
 
     def _symmetric_scale(self, bounds_BRC: Tensor, dtype: torch.dtype) -> Tensor:
         return round_scale(divide(bounds_BRC[0], (self.code_max - self.code_min) / 2), dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Int8(_Integer):
-    """8-bit integers, one scale a channel."""
+class ByteInt(_Integer):
+    """Integers of up to 8 bits, a byte each."""
 
-    num_bits: int = 8
     scale_dtype: str = "weight"  # "weight" | "float32"
-
-    settings: ClassVar[frozenset[str]] = frozenset({"scale_dtype"})
 
     @property
     def format(self) -> str:
         return "int-quantized"
 
     @property
-    def weights_config(self) -> dict[str, Any]:
-        return {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False}
-
-    def unit(self, num_columns: int) -> tuple[int, int]:
-        return 1, num_columns
+    def settings(self) -> frozenset[str]:
+        return frozenset({"scale_dtype"})
 
     def scales(self, bounds_BRC: Tensor, dtype: torch.dtype, shared: Tensor | None) -> Scales:
         del shared
@@ -87,16 +106,8 @@ class Int8(_Integer):
 class PackedInt(_Integer):
     """2 to 8-bit integers in int32 words, one scale for a group of columns of a row, or for a row."""
 
-    strategy: str = "group"  # "group" | "channel"
-    group_size: int = 128
-
-    settings: ClassVar[frozenset[str]] = frozenset({"strategy", "group_size", "symmetric"})
-
     def __post_init__(self) -> None:
-        if self.strategy not in {"group", "channel"}:
-            raise RequestError(f"{self.preset} has strategy channel or group, not {self.strategy}")
-        if self.group_size < 1:
-            raise RequestError(f"group size {self.group_size} is less than 1; for one scale a row use strategy channel")
+        super().__post_init__()
         if not self.symmetric and self.activations is not None:
             raise RequestError(f"{self.preset} has no zero points: no engine reads them beside quantized activations")
 
@@ -105,16 +116,21 @@ class PackedInt(_Integer):
         return "pack-quantized"
 
     @property
-    def weights_config(self) -> dict[str, Any]:
-        group = {"group_size": self.group_size} if self.strategy == "group" else {}
-        return {"num_bits": self.num_bits, "type": "int", "strategy": self.strategy, **group, "symmetric": self.symmetric, "dynamic": False}
+    def settings(self) -> frozenset[str]:
+        if self.activations is None:
+            return frozenset({"strategy", "group_size", "symmetric"})
+        # vLLM's kernels for FP8 activations take groups of 128 and nothing else.
+        return frozenset({"strategy", "group_size"} if self.activations.type == "int" else ())
 
     @property
     def row_multiple(self) -> int:
         return 1 if self.symmetric else WORD_BITS // math.gcd(WORD_BITS, self.num_bits)
 
-    def unit(self, num_columns: int) -> tuple[int, int]:
-        return 1, self.group_size if self.strategy == "group" else num_columns
+    def for_expert(self) -> Scheme:
+        """With integer activations vLLM reads experts, and only experts, as bytes."""
+        if self.activations is None or self.activations.type != "int":
+            return self
+        return ByteInt(**{field.name: getattr(self, field.name) for field in fields(self)})
 
     def line(self, suffix: str, row: int) -> int:
         return -(-row * self.num_bits // WORD_BITS) if suffix == "weight_zero_point" else row
@@ -153,11 +169,6 @@ class PackedInt(_Integer):
         return code_NK, Scales(stored["weight_scale"], stored["weight_scale"].float(), zero_RC)
 
     def problem(self, shape: tuple[int, int], *, fused: bool, last: bool) -> str | None:
-        del last
-        num_rows, num_columns = shape
-        if self.strategy == "group" and num_columns % self.group_size:
-            fitting = num_columns & -num_columns  # the largest power of two that divides it
-            return f"has {num_columns} columns; {self.preset} needs a multiple of its group size {self.group_size} ({fitting} would fit)"
-        if fused and not self.symmetric and num_rows % self.row_multiple:
-            return f"has {num_rows} rows and fused partners; packed zero points need a multiple of {self.row_multiple} there"
-        return None
+        if fused and not self.symmetric and shape[0] % self.row_multiple:
+            return f"has {shape[0]} rows and fused partners; packed zero points need a multiple of {self.row_multiple} there"
+        return super().problem(shape, fused=fused, last=last)

@@ -11,7 +11,7 @@ B bounds: 1 (the largest magnitude, symmetric schemes) or 2 (minimum and maximum
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,10 +55,6 @@ class Scheme(ABC):
     activations: Activations | None = None
     symmetric: bool = True  # if not, units have a zero point
 
-    quant_method: ClassVar[str] = "compressed-tensors"
-    settings: ClassVar[frozenset[str]] = frozenset()
-    """Fields that a user may set, besides `observer`."""
-
     # --- what a format must say -------------------------------------------------------------------------------------
 
     @property
@@ -101,6 +97,15 @@ class Scheme(ABC):
         return self.preset if self.observer == "minmax" else f"{self.preset} ({self.observer})"
 
     # --- what a format may say --------------------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> frozenset[str]:
+        """Fields that a user may set, besides `observer`."""
+        return frozenset()
+
+    def for_expert(self) -> "Scheme":
+        """The scheme for the weight of an expert, where engines read experts in another format."""
+        return self
 
     @property
     def shares_amax(self) -> bool:
