@@ -181,11 +181,6 @@ def test_an_impossible_wish_fails_here_with_the_way_out(moe: Path, arguments: di
         ),
         (mlp("a.0", rows=132), {"scheme": "W4A16_ASYM", "ignore": ["*.down_proj"]}, "gate_proj.weight has 132 rows and fused partners"),
         ({"a.0.up_proj.weight": weight(64, 64).double()}, {"scheme": "W8A8"}, "a.0.up_proj.weight is F64; only BF16, F16, F32"),
-        (
-            {"a.0.up_proj.weight": weight(64, 128), "a.0.up_proj.weight_scale": weight(64, 1)},
-            {"scheme": "W8A8"},
-            "would hold a.0.up_proj.weight_scale twice",
-        ),
     ],
 )
 def test_a_weight_that_cannot_be_stored_is_named(tmp_path: Path, tensors: dict[str, Tensor], arguments: dict[str, Any], said: str) -> None:
@@ -204,6 +199,8 @@ def test_a_block_with_fewer_rows_is_fine_below_its_partners(tmp_path: Path) -> N
     ("tensors", "config", "said"),
     [
         ({"m.layers.0.mlp.experts.gate_up_proj": weight(2, 64, 64)}, {}, "stacks experts in 3-D"),
+        ({"lm_head.weight": weight(64, 64).to(torch.float8_e4m3fn)}, {}, r"lm_head.weight \(F8_E4M3\) belongs to a weight that is already"),
+        ({"a.weight": weight(64, 64), "a.weight_scale_inv": weight(1, 1).float()}, {}, "a.weight_scale_inv .* already quantized"),
         ({"a.weight": weight(64, 64)}, {"quantization_config": {"quant_method": "fp8"}}, r"already quantized \(fp8\)"),
         ({"a.weight": weight(64, 64)}, {"text_config": {"quantization_config": {"quant_method": "gptq"}}}, r"already quantized \(gptq\)"),
     ],

@@ -71,7 +71,9 @@ def header_length(prefix: bytes, *, file: str, file_bytes: int) -> int:
 def parse_object(text: bytes, *, file: str) -> dict[str, Any]:
     """The JSON object in `text`. Raises CheckpointError if it is not one, or if a name appears twice in any object."""
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys)
+        value = json.loads(text.decode(), object_pairs_hook=_unique_keys)  # json itself would take UTF-16 and half surrogate pairs
+        if b"\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # fails for half a surrogate pair, which no output could hold
     except RecursionError:
         raise CheckpointError(f"{file}: its JSON nests too deeply") from None
     except ValueError as error:  # bad UTF-8 as well
@@ -147,6 +149,8 @@ def _spec(name: str, entry: object, *, file: str, data_start: int) -> TensorSpec
         raise CheckpointError(f"{file}: {name} has unknown dtype {dtype!r}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{file}: shape and data_offsets of {name} must be lists of integers, none below 0")
+    if math.prod(filter(None, shape)) * DTYPE_BITS[dtype] >= 2**64:  # other readers multiply in 64 bits, zeros last
+        raise CheckpointError(f"{file}: {name} of {dtype} {shape} is larger than any file")
     num_bits = math.prod(shape) * DTYPE_BITS[dtype]
     if num_bits != 8 * (offsets[1] - offsets[0]):
         raise CheckpointError(f"{file}: {name} of {dtype} {shape} takes {num_bits // 8} bytes, not as many as {offsets} span")

@@ -85,8 +85,8 @@ class LocalSource:
                 path = Path(folder, name)
                 try:
                     status = path.stat()
-                except FileNotFoundError:
-                    raise CheckpointError(f"{path} is a link to a file that does not exist") from None
+                except OSError as error:  # a link to nothing, to itself, to where we may not look
+                    raise CheckpointError(f"{path} leads to no file: {error.strerror}") from None
                 if not stat.S_ISREG(status.st_mode):
                     raise CheckpointError(f"{path} is not a regular file")
                 sizes[path.relative_to(self.folder).as_posix()] = status.st_size
