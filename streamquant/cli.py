@@ -186,7 +186,7 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted; the same command goes on where it was", EXIT_INTERRUPTED)
     except OSError as error:
-        _fail(f"{error.filename or 'output'}: {error.strerror or error}; what is finished is kept, the same command goes on", EXIT_IO)
+        _fail(f"{error.filename or 'reading or writing'}: {error.strerror or error}", EXIT_IO)
 
 
 def _fail(message: str, exit_code: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 
-from streamquant.checkpoint.journal import RECORD_NAME, WORK_FOLDER, Journal, require_same_job
+from streamquant.checkpoint.journal import RECORD_NAME, WORK_FOLDER, Journal, read_record, require_same_job
 from streamquant.checkpoint.source import CONFIG_NAME, INDEX_NAME, LocalSource, read_checkpoint
 from streamquant.checkpoint.writer import ShardWriter, sync_folder, write_file
 from streamquant.errors import RequestError, StorageError, VerificationError
@@ -270,7 +270,7 @@ def _is_finished(out: Path, job: Mapping[str, Any]) -> bool:
     record = out / RECORD_NAME
     if not record.is_file():
         raise RequestError(f"OUT {out} is not empty and holds no unfinished output of streamquant; choose another OUT")
-    require_same_job(json.loads(record.read_bytes())["job"], job, where=out)
+    require_same_job(read_record(record), job, where=out)
     return True
 
 

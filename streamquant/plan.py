@@ -16,7 +16,16 @@ import torch
 from streamquant.checkpoint.header import DTYPE_BITS, TensorSpec, build_header
 from streamquant.checkpoint.source import Checkpoint
 from streamquant.errors import CheckpointError, RequestError
-from streamquant.names import EMBEDDING, WEIGHT_SUFFIX, ModelFacts, fused_groups, is_expert, module_name, reason_to_keep
+from streamquant.names import (
+    EMBEDDING,
+    WEIGHT_SUFFIX,
+    ModelFacts,
+    fused_groups,
+    is_expert,
+    is_stored_quantized,
+    module_name,
+    reason_to_keep,
+)
 from streamquant.quantization_config import describe_quantization
 from streamquant.recipe import Matcher, Recipe, Rule
 from streamquant.schemes import Scheme
@@ -182,6 +191,10 @@ def _refuse_unsupported(checkpoint: Checkpoint) -> None:
             method = stated.get("quant_method") if isinstance(stated, dict) else stated
             raise CheckpointError(f"{checkpoint.source} is already quantized ({method}); only bf16, fp16 and fp32 sources are supported")
     for spec in checkpoint.tensors.values():
+        if is_stored_quantized(spec.name, spec.dtype):
+            raise CheckpointError(
+                f"{spec.name} ({spec.dtype}) belongs to a weight that is already quantized; only bf16, fp16 and fp32 are supported"
+            )
         if len(spec.shape) == 3 and "experts" in spec.name.split("."):
             raise CheckpointError(
                 f"{spec.name} {list(spec.shape)} stacks experts in 3-D, which is not supported; one 2-D weight per expert is"

@@ -18,16 +18,12 @@ from streamquant.checkpoint.header import TensorSpec, parse_object
 from streamquant.checkpoint.source import INDEX_NAME, Checkpoint, LocalSource, read_checkpoint
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.memory import BLOCK_ELEMENTS, COPY_BYTES, row_blocks
-from streamquant.names import EMBEDDING, WEIGHT_SUFFIX, ModelFacts, fused_groups, module_name, reason_to_keep
+from streamquant.names import EMBEDDING, WEIGHT_SUFFIX, ModelFacts, fused_groups, is_stored_quantized, module_name, reason_to_keep
 from streamquant.plan import QUANTIZABLE, TORCH_DTYPES, stored_tensors
 from streamquant.quantization_config import quantized_modules
 from streamquant.schemes import Scheme
 
-STORED_SUFFIXES = (
-    "weight_packed", "weight_scale", "weight_scale_inv", "weight_global_scale", "weight_zero_point", "weight_shape",
-)  # fmt: skip
 SCALE_SUFFIXES = {"weight_scale", "weight_scale_inv", "weight_global_scale"}
-STORED_DTYPES = {"F8_E4M3", "I8"}
 E8M0_NAN = 255
 WORSE_THAN_ZEROS = 1.0
 
@@ -144,7 +140,7 @@ def _inventory(
     dense: dict[str, TensorSpec] = {}
     for name, spec in checkpoint.tensors.items():
         module, _, suffix = name.rpartition(".")
-        if suffix in STORED_SUFFIXES or (suffix == "weight" and spec.dtype in STORED_DTYPES):
+        if is_stored_quantized(name, spec.dtype):
             parts[module][suffix] = spec
         elif name.endswith(WEIGHT_SUFFIX) and len(spec.shape) == 2:
             dense[module] = spec

@@ -163,7 +163,7 @@ def test_the_identity_changes_with_the_header_and_with_the_time_of_a_shard(shard
 def test_side_files_are_listed_but_not_what_a_conversion_writes_anew(single):
     side_files = ["README.md", "chat_template.jinja", "generation_config.json", "modeling_x.py", "tokenizer.json", "tokenizer.model"]
     side_files += ["1_Pooling/config.json", "original/deep/params.json", ".gitattributes", "empty.txt", "Größe\n.txt"]
-    anew = [INDEX.replace("model.", "model.fp16."), "streamquant.json", ".git/config", ".cache/huggingface/download/a.lock"]
+    anew = ["streamquant.json", ".git/config", ".cache/huggingface/download/a.lock"]
     for file in side_files + anew:
         (single / file).parent.mkdir(parents=True, exist_ok=True)
         (single / file).write_text("" if file == "empty.txt" else "x", encoding="utf-8")
@@ -173,19 +173,21 @@ def test_side_files_are_listed_but_not_what_a_conversion_writes_anew(single):
 
 
 def test_other_weights_are_left_out_with_a_reason(sharded):
-    """llm-compressor takes every .safetensors file for a shard and fails on Mistral's folders (NEEDS.md, E4)."""
+    """llm-compressor takes every .safetensors file for a shard and fails on Mistral's folders (E4)."""
     save_file({"a": torch.ones(9)}, sharded / "consolidated.safetensors")  # the same names again
     (sharded / "broken.safetensors").write_bytes(b"")
     others = ["pytorch_model-00001-of-00002.bin", "model.Q4_K_M.gguf", "original/consolidated.00.pth", "onnx/model.onnx", "tf_model.h5"]
     for file in others:
         (sharded / file).parent.mkdir(parents=True, exist_ok=True)
         (sharded / file).write_bytes(b"no weights at all")
+    (sharded / "pytorch_model.bin.index.json").write_text("{}")
     checkpoint = read(sharded)
     assert checkpoint.shards == (FIRST, SECOND)
     assert checkpoint.side_files == ()
     assert checkpoint.left_out == {
-        "broken.safetensors": "weights that the index does not name",
-        "consolidated.safetensors": "weights that the index does not name",
+        "broken.safetensors": "not a shard of this checkpoint",
+        "consolidated.safetensors": "not a shard of this checkpoint",
+        "pytorch_model.bin.index.json": "index of other weights",
         **dict.fromkeys(others, "weights in another format"),
     }
 

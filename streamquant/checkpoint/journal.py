@@ -4,6 +4,7 @@
 line is flushed before the next is written; a torn last line is what a kill leaves behind and counts as not written.
 """
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -22,18 +23,28 @@ class Journal:
     """The open journal of one job in one output folder."""
 
     def __init__(self, work: Path, job: Mapping[str, Any]):
-        """Start a journal in `work`, or go on with the one there. Raises RequestError if that is of another job."""
+        """Start a journal in `work`, or go on with the one there.
+
+        Raises RequestError if that is of another job, damaged, or in use by another process.
+        """
         self.finished: set[str] = set()
         path = work / JOURNAL_NAME
-        lines = _complete_lines(path)
-        if lines:
-            require_same_job(json.loads(lines[0])["job"], job, where=work.parent)
-            self.finished.update(json.loads(line)["shard"] for line in lines[1:])
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        os.ftruncate(self._descriptor, sum(len(line) for line in lines))
-        if not lines:
-            self._append({"job": job})
-            sync_folder(work)
+        try:
+            _lock(self._descriptor, where=work.parent)
+            lines = path.read_bytes().splitlines(keepends=True)
+            if lines and not lines[-1].endswith(b"\n"):
+                del lines[-1]
+            if lines:
+                require_same_job(_entry(lines[0], "job", where=path), job, where=work.parent)
+                self.finished.update(_entry(line, "shard", where=path) for line in lines[1:])
+            os.ftruncate(self._descriptor, sum(len(line) for line in lines))
+            if not lines:
+                self._append({"job": job})
+                sync_folder(work)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -64,7 +75,21 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _complete_lines(path: Path) -> list[bytes]:
-    if not path.exists():
-        return []
-    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+def read_record(path: Path) -> Any:
+    """The job that made a finished output. Raises RequestError if the file is not what we write."""
+    return _entry(path.read_bytes(), "job", where=path)
+
+
+def _entry(text: bytes, key: str, *, where: Path) -> Any:
+    try:
+        return json.loads(text)[key]
+    except (ValueError, KeyError, TypeError):
+        raise RequestError(f"{where} is damaged, or not of streamquant; choose another OUT") from None
+
+
+def _lock(descriptor: int, *, where: Path) -> None:
+    """Take the lock that the kernel releases when the process ends, however it ends."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RequestError(f"another process is converting into {where}") from None

@@ -19,7 +19,7 @@ from streamquant.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
-MAX_JSON_BYTES = 1 << 30
+MAX_JSON_BYTES = 256 << 20
 COPY_CHUNK_BYTES = 8 << 20
 # Weights in other containers. They would be a second, unquantized copy of the model in the output.
 OTHER_WEIGHTS = (
@@ -79,7 +79,7 @@ class LocalSource:
             beside = [name for name in (self._file, CONFIG_NAME) if (self.folder / name).is_file()]
             return {name: (self.folder / name).stat().st_size for name in beside}
         sizes = {}
-        for folder, subfolders, files in os.walk(self.folder):
+        for folder, subfolders, files in os.walk(self.folder, onerror=_raise):
             subfolders[:] = sorted(set(subfolders) - SKIPPED_FOLDERS)
             for name in sorted(files):
                 path = Path(folder, name)
@@ -166,9 +166,13 @@ def read_checkpoint(source: Source) -> Checkpoint:
 
     left_out = {}
     for file in sizes:
-        if file not in shards and file.endswith(OTHER_WEIGHTS):
-            left_out[file] = "weights that the index does not name" if file.endswith(".safetensors") else "weights in another format"
-    written = WRITTEN_BY_US | set(shards) | {file for file in sizes if file.endswith(".safetensors.index.json")}
+        if file.endswith(".safetensors") and file not in shards:
+            left_out[file] = "not a shard of this checkpoint"
+        elif file.endswith(OTHER_WEIGHTS) and file not in shards:
+            left_out[file] = "weights in another format"
+        elif file.endswith(".index.json") and file != INDEX_NAME:
+            left_out[file] = "index of other weights"
+    written = WRITTEN_BY_US | set(shards)
     config = _read_json(source, CONFIG_NAME, sizes[CONFIG_NAME]) if CONFIG_NAME in sizes else None
     return Checkpoint(
         source=source.name,
@@ -179,6 +183,10 @@ def read_checkpoint(source: Source) -> Checkpoint:
         left_out=MappingProxyType(left_out),
         identity=MappingProxyType(identity),
     )
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _read_header(source: Source, shard: str, file_bytes: int) -> bytes:
