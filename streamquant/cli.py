@@ -111,7 +111,7 @@ def _print_plan(source: str, *, as_json: bool, machine: dict[str, Any], options:
     the_plan = streamquant.plan(source, **options)
     memory = plan_memory(the_plan, **machine | {"device": resolve_device(machine["device"])})
     if as_json:
-        click.echo(json.dumps(the_plan.to_json() | {"predicted_memory_bytes": memory.peak_bytes}, indent=2))
+        click.echo(json.dumps(the_plan.to_json() | {"predicted_memory_bytes": memory.peak_bytes}))
     else:
         click.echo("\n".join(report.plan_lines(the_plan, memory)))
 
@@ -122,7 +122,7 @@ def _print_plan(source: str, *, as_json: bool, machine: dict[str, Any], options:
 def inspect(source: str, *, as_json: bool) -> None:
     """Show what is in a checkpoint, from its headers."""
     inspection = streamquant.inspect(source)
-    click.echo(json.dumps(inspection.to_json(), indent=2) if as_json else "\n".join(report.inspection_lines(inspection)))
+    click.echo(json.dumps(inspection.to_json()) if as_json else "\n".join(report.inspection_lines(inspection)))
 
 
 @cli.command()
@@ -132,7 +132,7 @@ def inspect(source: str, *, as_json: bool) -> None:
 def verify(out: str, *, against: str | None, as_json: bool) -> None:
     """Check a quantized checkpoint: inventory, index, shapes, scales; exit 6 if anything is off."""
     result = streamquant.verify(out, against=against)
-    click.echo(json.dumps(result.to_json(), indent=2) if as_json else "\n".join(report.verification_lines(result)))
+    click.echo(json.dumps(result.to_json()) if as_json else "\n".join(report.verification_lines(result)))
     if result.problems:
         raise streamquant.VerificationError(f"{out}: {len(result.problems)} problems")
 

@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 WEIGHT_SUFFIX = ".weight"
@@ -41,6 +42,7 @@ FUSED_SETS = (
 )
 
 EMBEDDING = "embedding"
+MTP = "multi-token prediction"
 _TOWER = re.compile(r"(visual|vision|audio|image|video|speech)(_.*)?|(.*_)?projector|embed_(vision|audio)|vit|resampler")
 _MTP = re.compile(r"mtp(_.*)?|.*nextn.*")
 _EMBEDDING = re.compile(r"embed(_.*)?|w[tp]e|(.*_)?embed(ding)?s?|embed_tokens.*")
@@ -88,22 +90,25 @@ def is_expert(module: str) -> bool:
     return _EXPERT.fullmatch(module) is not None
 
 
+@lru_cache(maxsize=4096)
+def _kind_of_part(part: str) -> str | None:
+    """What one part of a name tells about every module below it."""
+    kinds = {"vision or audio tower, or projector": _TOWER, MTP: _MTP, EMBEDDING: _EMBEDDING, "router": _ROUTER}
+    return next((kind for kind, expression in kinds.items() if expression.fullmatch(part)), None)
+
+
 def reason_to_keep(module: str, num_rows: int, facts: ModelFacts) -> str | None:
     """Why the 2-D weight of `module` is not quantized unless it is asked for by name, or None."""
     parts = module.split(".")
     leaf = parts[-1]
-    if any(_TOWER.fullmatch(part) for part in parts):
-        return "vision or audio tower, or projector"
     layer = _LAYER.search(module)
-    past_the_end = layer is not None and facts.num_layers is not None and int(layer[1]) >= facts.num_layers
-    if past_the_end or any(_MTP.fullmatch(part) for part in parts):
-        return "multi-token prediction"
-    if any(_EMBEDDING.fullmatch(part) for part in parts):
-        return EMBEDDING
+    if layer is not None and facts.num_layers is not None and int(layer[1]) >= facts.num_layers:
+        return MTP
+    for kind in map(_kind_of_part, parts):
+        if kind is not None:
+            return kind
     if leaf == "lm_head" or module in {"output", "model.output"}:
         return "lm_head"
-    if any(_ROUTER.fullmatch(part) for part in parts):
-        return "router"
     # Qwen3-Next has 512 experts and k_proj of 512 rows: a row count alone does not make a router.
     if num_rows == facts.num_experts and not _PROJECTION.fullmatch(leaf):
         return "router (as many rows as experts)"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from streamquant.checkpoint.header import DTYPE_BITS, TensorSpec, build_header
+from streamquant.checkpoint.header import DTYPE_BITS, TensorSpec, build_header, tensor_bytes
 from streamquant.checkpoint.source import Checkpoint
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.names import (
@@ -342,7 +342,7 @@ def _glob(module: str) -> str:
 def _member(spec: TensorSpec, scheme: Scheme) -> Member:
     module = module_name(spec.name)
     stored = {
-        suffix: TensorSpec(f"{module}.{suffix}", dtype, shape, "", 0)
+        suffix: TensorSpec(f"{module}.{suffix}", dtype, shape, "", 0, tensor_bytes(dtype, shape))
         for suffix, dtype, shape in stored_tensors(scheme, (spec.shape[0], spec.shape[1]), spec.dtype)
     }
     return Member(module, spec, stored)
@@ -422,4 +422,4 @@ def bits_per_weight(scheme: Scheme) -> float:
     """Bits stored per weight, scales included, for a large matrix."""
     shape = (4096, 4096)
     stored = stored_tensors(scheme, shape, "BF16")
-    return sum(math.prod(s) * DTYPE_BITS[dtype] for _, dtype, s in stored) / math.prod(shape)
+    return 8 * sum(tensor_bytes(dtype, stored_shape) for _, dtype, stored_shape in stored) / math.prod(shape)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import streamquant
-from streamquant.checkpoint.header import DTYPE_BITS, TensorSpec
+from streamquant.checkpoint.header import DTYPE_BITS
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.memory import budget_memory, row_blocks
 from streamquant.plan import Copy, Encode, Plan
@@ -237,7 +237,3 @@ def test_a_budget_too_small_is_refused_with_the_one_that_works(moe: Path) -> Non
     memory = budget_memory(plan, max_bytes=enough, num_workers=8, on_gpu=False)
     assert memory.num_workers == 1
     assert memory.peak_bytes <= enough
-
-
-def test_a_spec_knows_its_bytes() -> None:
-    assert TensorSpec("a", "F4", (3, 4), "f", 10).end == 16

@@ -7,6 +7,7 @@ Offsets count from the start of the data section, which the tensors tile without
 Format text: https://github.com/huggingface/safetensors#format
 """
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -29,28 +30,29 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor at a place in a file; `start` counts bytes from the start of the file."""
+    """A tensor at a place in a file; `start` and `end` count bytes from the start of the file."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: str
     start: int
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return self.end - self.start
 
     @property
     def num_elements(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes in the file."""
-        return self.num_elements * DTYPE_BITS[self.dtype] // 8
 
-    @property
-    def end(self) -> int:
-        """The first byte behind the tensor."""
-        return self.start + self.num_bytes
+def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes that a tensor takes in a file."""
+    return math.prod(shape) * DTYPE_BITS[dtype] // 8
 
 
 def header_length(prefix: bytes, *, file: str, file_bytes: int) -> int:
@@ -117,17 +119,16 @@ def build_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]], *, file: s
     The JSON is padded with spaces to a multiple of 8 bytes, so that data in order of non-increasing element width is aligned.
     """
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # older transformers refuse files without it
-    begin = 0
-    for name, dtype, shape in tensors:
-        end = begin + math.prod(shape) * DTYPE_BITS[dtype] // 8
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-        begin = end
+    ends = list(itertools.accumulate((tensor_bytes(dtype, shape) for _, dtype, shape in tensors), initial=0))
+    for (name, dtype, shape), begin, end in zip(tensors, ends, ends[1:], strict=False):
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (begin, end)}
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    specs, start = [], LENGTH_BYTES + len(text)
-    for name, dtype, shape in tensors:
-        specs.append(TensorSpec(name, dtype, shape, file, start))
-        start = specs[-1].end
+    data_start = LENGTH_BYTES + len(text)
+    specs = [
+        TensorSpec(name, dtype, shape, file, data_start + begin, data_start + end)
+        for (name, dtype, shape), begin, end in zip(tensors, ends, ends[1:], strict=False)
+    ]
     return len(text).to_bytes(LENGTH_BYTES, "little") + text, specs
 
 
@@ -154,7 +155,7 @@ def _spec(name: str, entry: object, *, file: str, data_start: int) -> TensorSpec
     num_bits = math.prod(shape) * DTYPE_BITS[dtype]
     if num_bits != 8 * (offsets[1] - offsets[0]):
         raise CheckpointError(f"{file}: {name} of {dtype} {shape} takes {num_bits // 8} bytes, not as many as {offsets} span")
-    return TensorSpec(name, dtype, tuple(shape), file, data_start + offsets[0])
+    return TensorSpec(name, dtype, tuple(shape), file, data_start + offsets[0], data_start + offsets[1])
 
 
 def _naturals(value: object) -> TypeGuard[list[int]]:
