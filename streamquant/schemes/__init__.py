@@ -115,27 +115,30 @@ def scheme_from_config(format: str, weights: Mapping[str, Any], activations: Map
         inputs = Activations(**{name: activations[name] for name in fields if activations.get(name) is not None})
     strategy = str(weights["strategy"])
     scheme: Scheme
-    match format:
-        case "pack-quantized" | "int-quantized":
-            kind = PackedInt if format == "pack-quantized" else ByteInt
-            scheme = kind(
-                preset=format,
-                num_bits=weights["num_bits"],
-                strategy=strategy,
-                group_size=weights.get("group_size") or 128,
-                symmetric=weights.get("symmetric", True),
-                activations=inputs,
-            )
-        case "float-quantized" | "naive-quantized":
-            scheme = Fp8(preset=format, strategy=strategy, activations=inputs)
-        case "nvfp4-pack-quantized":
-            scheme = NvFp4(preset=format, activations=inputs)
-        case "mxfp4-pack-quantized":
-            scheme = MxFp4(preset=format, activations=inputs)
-        case "mxfp8-quantized":
-            scheme = MxFp8(preset=format, activations=inputs)
-        case _:
-            raise CheckpointError(f"quantization_config: format {format!r} is none that streamquant reads")
+    try:
+        match format:
+            case "pack-quantized" | "int-quantized":
+                kind = PackedInt if format == "pack-quantized" else ByteInt
+                scheme = kind(
+                    preset=format,
+                    num_bits=weights["num_bits"],
+                    strategy=strategy,
+                    group_size=weights.get("group_size") or 128,
+                    symmetric=weights.get("symmetric", True),
+                    activations=inputs,
+                )
+            case "float-quantized" | "naive-quantized":
+                scheme = Fp8(preset=format, strategy=strategy, activations=inputs)
+            case "nvfp4-pack-quantized":
+                scheme = NvFp4(preset=format, activations=inputs)
+            case "mxfp4-pack-quantized":
+                scheme = MxFp4(preset=format, activations=inputs)
+            case "mxfp8-quantized":
+                scheme = MxFp8(preset=format, activations=inputs)
+            case _:
+                raise CheckpointError(f"quantization_config: format {format!r} is none that streamquant reads")
+    except RequestError as error:
+        raise CheckpointError(f"quantization_config: {error}") from None
     said = {key: value for key, value in weights.items() if key in scheme.weights_config}
     if said != scheme.weights_config:
         raise CheckpointError(f"quantization_config: {format} with weights {dict(weights)} is nothing that streamquant stores")

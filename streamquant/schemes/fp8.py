@@ -21,7 +21,7 @@ from torch import Tensor
 
 from streamquant.errors import RequestError
 from streamquant.schemes.rounding import FP8_MAX, divide, round_to_e4m3
-from streamquant.schemes.scheme import Scales, Scheme, round_scale
+from streamquant.schemes.scheme import Scales, Scheme, require_scale_dtype, round_scale
 
 BLOCK = 128
 
@@ -34,6 +34,7 @@ class Fp8(Scheme):
     scale_dtype: str = "weight"  # "weight" | "float32"
 
     def __post_init__(self) -> None:
+        require_scale_dtype(self.scale_dtype)
         block_activations = self.activations is not None and self.activations.strategy == "group"
         allowed = {"block"} if block_activations else {"tensor", "channel"}
         if self.activations is None:

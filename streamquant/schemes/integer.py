@@ -26,7 +26,7 @@ from torch import Tensor
 from streamquant.errors import RequestError
 from streamquant.schemes.packing import WORD_BITS, pack_int32, unpack_int32
 from streamquant.schemes.rounding import divide
-from streamquant.schemes.scheme import Scales, Scheme, round_scale
+from streamquant.schemes.scheme import Scales, Scheme, require_scale_dtype, round_scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,8 @@ class _Integer(Scheme):
     group_size: int = 128
 
     def __post_init__(self) -> None:
+        if self.num_bits not in range(2, 9):
+            raise RequestError(f"{self.preset} has codes of {self.num_bits} bits; 2 to 8 are stored")
         if self.strategy not in {"group", "channel"}:
             raise RequestError(f"{self.preset} has strategy channel or group, not {self.strategy}")
         if self.group_size < 1:
@@ -80,6 +82,12 @@ class ByteInt(_Integer):
     """Integers of up to 8 bits, a byte each."""
 
     scale_dtype: str = "weight"  # "weight" | "float32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_scale_dtype(self.scale_dtype)
+        if not self.symmetric:
+            raise RequestError(f"{self.preset} has no zero points")
 
     @property
     def format(self) -> str:

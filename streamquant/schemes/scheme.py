@@ -212,3 +212,9 @@ def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """A float32 scale in the dtype it is stored in. Zero, of a unit of zeros or by underflow, becomes that dtype's epsilon."""
     rounded = scale.to(dtype)
     return torch.where(rounded > 0, rounded, torch.finfo(dtype).eps)
+
+
+def require_scale_dtype(scale_dtype: str) -> None:
+    """Raise RequestError for a `scale_dtype` that is neither the weight's own nor float32."""
+    if scale_dtype not in {"weight", "float32"}:
+        raise RequestError(f"unknown scale dtype {scale_dtype!r}; known are weight and float32")
