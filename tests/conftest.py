@@ -15,6 +15,8 @@ import torch
 
 from streamquant.schemes import fp8, integer, mx, nvfp4, observers, packing, scheme
 
+torch.set_num_threads(1)  # on a busy machine, torch's threads wait for each other longer than they work on small tensors
+
 DIMENSIONS = re.compile(r".*_([A-Z][A-Za-z]*)")
 MODULES: tuple[ModuleType, ...] = (fp8, integer, mx, nvfp4, observers, packing, scheme)
 

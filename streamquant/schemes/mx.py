@@ -44,10 +44,13 @@ class _Mx(Scheme):
 
     def scales(self, bounds_BRC: Tensor, dtype: torch.dtype, shared: Tensor | None) -> Scales:
         del shared
-        exponent_RC = e8m0_exponent(bounds_BRC[0], self.max_exponent)
-        if dtype == torch.float16:  # 2**-127 is no float16: the scale of zeros and subnormals is 1 there, as in the peer
-            normal_RC = bounds_BRC[0] >= torch.finfo(dtype).tiny
-            exponent_RC = torch.where(normal_RC, exponent_RC, EXPONENT_BIAS)
+        amax_RC = bounds_BRC[0]
+        if dtype != torch.float16:
+            exponent_RC = e8m0_exponent(amax_RC, self.max_exponent)
+        else:  # 2**-127 is no float16: the scale of what stays below its normal numbers is 1 there, as in the peer
+            tiny = torch.finfo(dtype).tiny
+            exponent_RC = e8m0_exponent(amax_RC.clamp(min=tiny), self.max_exponent)
+            exponent_RC = torch.where(amax_RC >= 0.75 * tiny, exponent_RC, EXPONENT_BIAS)
         return Scales(exponent_RC.to(torch.uint8), e8m0_value(exponent_RC))
 
     def problem(self, shape: tuple[int, int], *, fused: bool, last: bool) -> str | None:
