@@ -59,7 +59,7 @@ def pack_nibbles(nibble_Ln: Tensor) -> Tensor:
 
 def _join_pairs(code_Ln: Tensor, num_bits: int) -> Tensor:
     """uint8 codes of `num_bits` <= 4 -> half as many of twice the bits; the even one becomes the low half."""
-    pair = code_Ln.view(torch.int16)  # little-endian: the odd column is the high byte
+    pair = code_Ln.contiguous().view(torch.int16)  # little-endian: the odd column is the high byte
     return (pair | (pair >> (8 - num_bits))).to(torch.uint8)
 
 
