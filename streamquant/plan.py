@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -60,11 +60,19 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One weight to quantize and the tensors it becomes, by the last part of their names."""
+    """One weight to quantize and the tensors it becomes."""
 
-    module: str
     source: TensorSpec
-    stored: Mapping[str, TensorSpec]
+    stored: tuple[TensorSpec, ...]
+
+    @property
+    def module(self) -> str:
+        """The module it is the weight of."""
+        return module_name(self.source.name)
+
+    def place(self, suffix: str) -> TensorSpec:
+        """The stored tensor of which `suffix` is the last part of the name."""
+        return next(spec for spec in self.stored if spec.name.endswith(f".{suffix}"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +90,7 @@ class Encode:
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """What is written."""
-        return tuple(spec for member in self.members for spec in member.stored.values())
+        return tuple(spec for member in self.members for spec in member.stored)
 
 
 Step = Copy | Encode
@@ -104,13 +112,14 @@ class Shard:
     """A file of the output: its header and the steps that fill it. Can be produced without any other shard."""
 
     file: str
-    header: bytes
     steps: tuple[Step, ...]
+    num_bytes: int  # of the file
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of the file."""
-        return len(self.header) + sum(spec.num_bytes for step in self.steps for spec in step.outputs)
+    def header(self) -> bytes:
+        """The bytes in front of the data. Made when they are written: those of all shards together are large."""
+        outputs = sorted((spec for step in self.steps for spec in step.outputs), key=lambda spec: (spec.start, spec.end))
+        return build_header([spec[:3] for spec in outputs], file=self.file)[0]
 
 
 @dataclass(frozen=True)
@@ -140,18 +149,27 @@ class Plan:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over all that decides the bytes of the output, but for the weights themselves."""
-        decisive = self.to_json() | {"source": ""}  # wherever it lies
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([dict(self.quantization_config), self.checkpoint.side_files]).encode())
+        for shard in self.shards:
+            digest.update(json.dumps(_shard_json(shard)).encode())
+        return digest.hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as plain values; `streamquant plan --json` prints it. Keys are only ever added."""
+        """The plan as plain values. Keys are only ever added."""
+        return self._summary() | {"shards": [_shard_json(shard) for shard in self.shards]}
+
+    def json_parts(self) -> Iterator[str]:
+        """`to_json` as text, a shard at a time: a plan of 100,000 tensors is 80 MB of it."""
+        yield json.dumps(self._summary())[:-1] + ', "shards": ['
+        for number, shard in enumerate(self.shards):
+            yield (", " if number else "") + json.dumps(_shard_json(shard))
+        yield "]}"
+
+    def _summary(self) -> dict[str, Any]:
         return {
             "source": self.checkpoint.source,
             "source_bytes": self.source_bytes,
             "output_bytes": self.output_bytes,
-            "shards": [
-                {"file": shard.file, "bytes": shard.num_bytes, "steps": [_step_json(step) for step in shard.steps]} for shard in self.shards
-            ],
             "quantization_config": dict(self.quantization_config),
             "side_files": list(self.checkpoint.side_files),
             "left_out": dict(self.checkpoint.left_out),
@@ -166,7 +184,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, max_shard_bytes: int) -
     _refuse_unsupported(checkpoint)
     decisions = _decide(checkpoint, recipe)
     groups = _fused(checkpoint, decisions)
-    shards = _lay_out(_steps(checkpoint, decisions, groups), max_shard_bytes)
+    shards = _lay_out(_draft(checkpoint, decisions, groups), max_shard_bytes)
 
     encoded = [step for shard in shards for step in shard.steps if isinstance(step, Encode)]
     if not encoded:
@@ -205,16 +223,27 @@ def _decide(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Decision]:
     """For each tensor its scheme, or why it is kept, before fused partners are brought into line."""
     facts = ModelFacts.from_config(checkpoint.config)
     rules, include = Matcher([rule.pattern for rule in recipe.rules]), Matcher(recipe.include)
+    used: set[int | None] = set()
+    included: set[int | None] = set()
     decisions: dict[str, Decision] = {}
     for name, spec in checkpoint.tensors.items():
         module = module_name(name)
         if not _is_matrix(spec):
             decisions[name] = Keep(NOT_A_MATRIX)
             continue
-        default = reason_to_keep(module, spec.shape[0], facts) if include.first(module) is None else None
-        index = rules.first(module)
+        index, include_index = rules.first(module), include.first(module)
+        used.add(index)
+        included.add(include_index)
+        default = reason_to_keep(module, spec.shape[0], facts) if include_index is None else None
         decisions[name] = _decision(spec, None if index is None else recipe.rules[index], default=default)
-    _refuse_unmatched(checkpoint, recipe, rules, include)
+    modules = [module_name(name) for name in checkpoint.tensors]
+    matrices = [module_name(name) for name, spec in checkpoint.tensors.items() if _is_matrix(spec)]
+    # A pattern that matches nothing is a mistake. One that gives a scheme must match something that could have one.
+    for number in rules.unmatched(matrices, used={index for index in used if index is not None}):
+        _refuse_unmatched(recipe.rules[number], modules=modules, matrices=matrices)
+    for number in include.unmatched(matrices, used={index for index in included if index is not None}):
+        pattern = recipe.include[number]
+        raise RequestError(f"--include: pattern {pattern!r} matches no weight that can be quantized{_hint(pattern, matrices)}")
     return decisions
 
 
@@ -238,21 +267,13 @@ def _decision(spec: TensorSpec, rule: Rule | None, *, default: str | None) -> De
     return rule.scheme.for_expert() if is_expert(module_name(spec.name)) else rule.scheme
 
 
-def _refuse_unmatched(checkpoint: Checkpoint, recipe: Recipe, rules: Matcher, include: Matcher) -> None:
-    """A pattern that matches nothing is a mistake. One that gives a scheme must match something that could have one."""
-    modules = [module_name(name) for name in checkpoint.tensors]
-    matrices = [module_name(name) for name, spec in checkpoint.tensors.items() if _is_matrix(spec)]
-    for index in rules.unmatched(matrices):
-        rule = recipe.rules[index]
-        if rule.scheme is not None:
-            raise RequestError(
-                f"{rule.origin}: pattern {rule.pattern!r} matches no weight that can be quantized{_hint(rule.pattern, matrices)}"
-            )
-        if rules.unmatched(modules, among=[index]):
-            raise RequestError(f"{rule.origin}: pattern {rule.pattern!r} matches no module{_hint(rule.pattern, modules)}")
-    for index in include.unmatched(matrices):
-        pattern = recipe.include[index]
-        raise RequestError(f"--include: pattern {pattern!r} matches no weight that can be quantized{_hint(pattern, matrices)}")
+def _refuse_unmatched(rule: Rule, *, modules: Sequence[str], matrices: Sequence[str]) -> None:
+    """Raise RequestError for a rule that matches no matrix, unless it keeps something else."""
+    if rule.scheme is not None:
+        hint = _hint(rule.pattern, matrices)
+        raise RequestError(f"{rule.origin}: pattern {rule.pattern!r} matches no weight that can be quantized{hint}")
+    if not any(map(Matcher([rule.pattern]).matches, modules)):
+        raise RequestError(f"{rule.origin}: pattern {rule.pattern!r} matches no module{_hint(rule.pattern, modules)}")
 
 
 def _hint(pattern: str, modules: Sequence[str]) -> str:
@@ -289,29 +310,61 @@ def _said(decision: Decision) -> str:
     return "kept" if isinstance(decision, Keep) else decision.title
 
 
-def _steps(checkpoint: Checkpoint, decisions: Mapping[str, Decision], groups: Sequence[tuple[str, ...]]) -> list[Step]:
-    """Steps in source order, fused partners together at the place of the first. Outputs have no place yet."""
+class _Draft(NamedTuple):
+    """A step before its outputs have a place."""
+
+    sources: tuple[TensorSpec, ...]
+    decision: Decision
+
+    def outputs(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """(name, dtype, shape) of what is written."""
+        if isinstance(self.decision, Keep):
+            return [(spec.name, spec.dtype, spec.shape) for spec in self.sources]
+        return [
+            (f"{module_name(spec.name)}.{suffix}", dtype, shape)
+            for spec in self.sources
+            for suffix, dtype, shape in stored_tensors(self.decision, (spec.shape[0], spec.shape[1]), spec.dtype)
+        ]
+
+    def num_bytes(self) -> int:
+        """Bytes of what is written."""
+        if isinstance(self.decision, Keep):
+            return sum(spec.num_bytes for spec in self.sources)
+        return sum(stored_bytes(self.decision, (spec.shape[0], spec.shape[1]), spec.dtype) for spec in self.sources)
+
+    def step(self, places: Mapping[str, TensorSpec]) -> Step:
+        """The step, with the places of its outputs by name."""
+        if isinstance(self.decision, Keep):
+            return Copy(self.sources[0], places[self.sources[0].name], self.decision.reason)
+        members = []
+        for spec in self.sources:
+            module = module_name(spec.name)
+            stored = stored_tensors(self.decision, (spec.shape[0], spec.shape[1]), spec.dtype)
+            members.append(Member(spec, tuple(places[f"{module}.{suffix}"] for suffix, _, _ in stored)))
+        return Encode(tuple(members), self.decision)
+
+
+def _draft(checkpoint: Checkpoint, decisions: Mapping[str, Decision], groups: Sequence[tuple[str, ...]]) -> list[_Draft]:
+    """Drafts of the steps in source order, fused partners together at the place of the first."""
     group_of = {name: group for group in groups for name in group}
     problems: dict[str, tuple[str, ...]] = {}  # with the weights that must be kept to avoid it
-    steps: list[Step] = []
+    drafts: list[_Draft] = []
     done: set[str] = set()
     for name, spec in checkpoint.tensors.items():
         decision = decisions[name]
         if isinstance(decision, Keep):
-            steps.append(Copy(spec, spec, decision.reason))
+            drafts.append(_Draft((spec,), decision))
         elif name not in done:
             group = group_of.get(name, (name,))
             done.update(group)
-            specs = [checkpoint.tensors[member] for member in group]
-            found = _problems(specs, decision)
-            problems.update(dict.fromkeys(found, group))
-            if not found:
-                steps.append(Encode(tuple(_member(spec, decision) for spec in specs), decision))
+            specs = tuple(checkpoint.tensors[member] for member in group)
+            problems.update(dict.fromkeys(_problems(specs, decision), group))
+            drafts.append(_Draft(specs, decision))
     if problems:
         first, *others = problems
         more = f" (and {len(others)} more weights)" if others else ""
         raise RequestError(f"{first}{more} ({_way_out([name for names in problems.values() for name in names])})")
-    return steps
+    return drafts
 
 
 def _problems(specs: Sequence[TensorSpec], scheme: Scheme) -> list[str]:
@@ -339,15 +392,6 @@ def _glob(module: str) -> str:
     return ".".join(["*", *parts[start:]])
 
 
-def _member(spec: TensorSpec, scheme: Scheme) -> Member:
-    module = module_name(spec.name)
-    stored = {
-        suffix: TensorSpec(f"{module}.{suffix}", dtype, shape, "", 0, tensor_bytes(dtype, shape))
-        for suffix, dtype, shape in stored_tensors(scheme, (spec.shape[0], spec.shape[1]), spec.dtype)
-    }
-    return Member(module, spec, stored)
-
-
 @lru_cache(maxsize=4096)
 def stored_tensors(scheme: Scheme, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
     """(last part of the name, dtype, shape) of what `scheme` stores for a weight, from its encoder run on shapes alone."""
@@ -356,41 +400,42 @@ def stored_tensors(scheme: Scheme, shape: tuple[int, int], dtype: str) -> tuple[
     return tuple((suffix, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for suffix, tensor in stored.items())
 
 
-def _lay_out(steps: Sequence[Step], max_shard_bytes: int) -> tuple[Shard, ...]:
+@lru_cache(maxsize=4096)
+def stored_bytes(scheme: Scheme, shape: tuple[int, int], dtype: str) -> int:
+    """Bytes of what `scheme` stores for a weight."""
+    return sum(tensor_bytes(stored_dtype, stored_shape) for _, stored_dtype, stored_shape in stored_tensors(scheme, shape, dtype))
+
+
+def _lay_out(drafts: Sequence[_Draft], max_shard_bytes: int) -> tuple[Shard, ...]:
     """Fill shards in order; a step is never split, so a shard is larger than `max_shard_bytes` only if one step is."""
-    batches: list[list[Step]] = []
+    batches: list[list[_Draft]] = []
     filled = 0
-    for step in steps:
-        step_bytes = sum(spec.num_bytes for spec in step.outputs)
+    for draft in drafts:
+        step_bytes = draft.num_bytes()
         if not batches or filled + step_bytes > max_shard_bytes:
             batches.append([])
             filled = 0
-        batches[-1].append(step)
+        batches[-1].append(draft)
         filled += step_bytes
     if len(batches) == 1:
         return (_shard("model.safetensors", batches[0]),)
     return tuple(_shard(f"model-{number:05d}-of-{len(batches):05d}.safetensors", batch) for number, batch in enumerate(batches, start=1))
 
 
-def _shard(file: str, steps: Sequence[Step]) -> Shard:
+def _shard(file: str, drafts: Sequence[_Draft]) -> Shard:
     # Widest elements first, so that every tensor is aligned to its element.
-    outputs = sorted((spec for step in steps for spec in step.outputs), key=lambda spec: -DTYPE_BITS[spec.dtype])
-    header, placed = build_header([(spec.name, spec.dtype, spec.shape) for spec in outputs], file=file)
+    outputs = sorted((output for draft in drafts for output in draft.outputs()), key=lambda output: -DTYPE_BITS[output[1]])
+    header, placed = build_header(outputs, file=file)
     places = {spec.name: spec for spec in placed}
-    return Shard(file, header, tuple(_placed(step, places) for step in steps))
-
-
-def _placed(step: Step, places: Mapping[str, TensorSpec]) -> Step:
-    if isinstance(step, Copy):
-        return Copy(step.source, places[step.output.name], step.reason)
-    members = tuple(
-        Member(member.module, member.source, {suffix: places[spec.name] for suffix, spec in member.stored.items()})
-        for member in step.members
-    )
-    return Encode(members, step.scheme)
+    end = placed[-1].end if placed else len(header)
+    return Shard(file, tuple(draft.step(places) for draft in drafts), end)
 
 
 # --- as plain values -------------------------------------------------------------------------------------------------
+
+
+def _shard_json(shard: Shard) -> dict[str, Any]:
+    return {"file": shard.file, "bytes": shard.num_bytes, "steps": [_step_json(step) for step in shard.steps]}
 
 
 def _step_json(step: Step) -> dict[str, Any]:
@@ -401,8 +446,7 @@ def _step_json(step: Step) -> dict[str, Any]:
         "scheme": step.scheme.preset,
         "observer": step.scheme.observer,
         "members": [
-            {"module": m.module, "source": _spec_json(m.source), "outputs": [_spec_json(spec) for spec in m.stored.values()]}
-            for m in step.members
+            {"module": m.module, "source": _spec_json(m.source), "outputs": [_spec_json(spec) for spec in m.stored]} for m in step.members
         ],
     }
 
@@ -421,5 +465,4 @@ def _spec_json(spec: TensorSpec) -> dict[str, Any]:
 def bits_per_weight(scheme: Scheme) -> float:
     """Bits stored per weight, scales included, for a large matrix."""
     shape = (4096, 4096)
-    stored = stored_tensors(scheme, shape, "BF16")
-    return 8 * sum(tensor_bytes(dtype, stored_shape) for _, dtype, stored_shape in stored) / math.prod(shape)
+    return 8 * stored_bytes(scheme, shape, "BF16") / math.prod(shape)

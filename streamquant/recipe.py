@@ -172,10 +172,10 @@ class Matcher:
             found.append(int(str(match.lastgroup)[1:]))
         return min(found, default=None)
 
-    def unmatched(self, names: Sequence[str], *, among: Iterable[int] | None = None) -> list[int]:
-        """The indices of the patterns (all, or those `among`) that match none of `names`, not even behind an earlier pattern."""
-        suspects = set(range(len(self.patterns)) if among is None else among).difference(map(self.first, names))
-        return [index for index in sorted(suspects) if not any(map(Matcher([self.patterns[index]]).matches, names))]
+    def unmatched(self, names: Sequence[str], *, used: Iterable[int]) -> list[int]:
+        """The indices of the patterns that match none of `names`; those `used` are known to be the first match of one."""
+        suspects = sorted(set(range(len(self.patterns))).difference(used))
+        return [index for index in suspects if not any(map(Matcher([self.patterns[index]]).matches, names))]
 
     def matches(self, name: str) -> bool:
         """Whether any pattern matches `name`."""

@@ -176,7 +176,7 @@ def _fates(step: Step) -> list[tuple[str, str, str, str, int, int]]:
             member.source.dtype,
             fate,
             member.source.num_bytes,
-            sum(spec.num_bytes for spec in member.stored.values()),
+            sum(spec.num_bytes for spec in member.stored),
         )
         for member in step.members
     ]

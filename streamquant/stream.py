@@ -240,7 +240,7 @@ class _Engine:
 
     def _store(self, member: Member, writer: ShardWriter, row: int, stored: Mapping[str, Tensor], scheme: Scheme) -> None:
         for suffix, tensor in stored.items():
-            spec = member.stored[suffix]
+            spec = member.place(suffix)
             line_bytes = spec.num_bytes // spec.shape[0]
             writer.write(spec.start + scheme.line(suffix, row) * line_bytes, _bytes(tensor))
 

@@ -39,7 +39,7 @@ def test_the_first_pattern_that_matches_decides_whatever_its_kind() -> None:
 
 
 def test_a_pattern_behind_another_counts_as_matching() -> None:
-    assert Matcher(["*", "lm_head", "*.q_proj", "nothing", "re:.*none"]).unmatched(NAMES) == [3, 4]
+    assert Matcher(["*", "lm_head", "*.q_proj", "nothing", "re:.*none"]).unmatched(NAMES, used=[0]) == [3, 4]
 
 
 @pytest.mark.parametrize("pattern", ["re:(", "re:(a)\\1", "", "re:*x"])

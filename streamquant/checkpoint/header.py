@@ -11,8 +11,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from streamquant.errors import CheckpointError
 
@@ -28,8 +27,7 @@ DTYPE_BITS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """A tensor at a place in a file; `start` and `end` count bytes from the start of the file."""
 
     name: str
@@ -124,11 +122,8 @@ def build_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]], *, file: s
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (begin, end)}
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    data_start = LENGTH_BYTES + len(text)
-    specs = [
-        TensorSpec(name, dtype, shape, file, data_start + begin, data_start + end)
-        for (name, dtype, shape), begin, end in zip(tensors, ends, ends[1:], strict=False)
-    ]
+    places = [LENGTH_BYTES + len(text) + end for end in ends]
+    specs = [TensorSpec(*tensor, file, start, end) for tensor, start, end in zip(tensors, places, places[1:], strict=False)]
     return len(text).to_bytes(LENGTH_BYTES, "little") + text, specs
 
 
