@@ -37,6 +37,7 @@ OnProgress = Callable[[Progress], None]
 TASK_BYTES = 16 << 20  # source bytes of one task: enough to hide what handing it out costs
 QUEUED_TASKS = 4  # per worker
 SHARDS_IN_WORK = 2  # one being filled while the one before it is flushed
+MALLOC_LESSON_BYTES = 31 << 20
 
 
 def stream_shards(
@@ -90,6 +91,9 @@ class _Engine:
         self._buffers = threading.local()
         self._slots = threading.Semaphore(QUEUED_TASKS * memory.num_workers)
         self._failure: BaseException | None = None
+        # Until glibc has seen a large block freed, it returns what each operation frees to the kernel, which hands it out again page
+        # by page: two thirds of the system time of FP8. See mallopt(3), M_MMAP_THRESHOLD.
+        torch.empty(MALLOC_LESSON_BYTES, dtype=torch.uint8)
         # A worker runs one operation at a time; threads of torch's own would only fight over the cores.
         self._torch_threads = torch.get_num_threads()
         self._workers = ThreadPoolExecutor(memory.num_workers, "streamquant", initializer=torch.set_num_threads, initargs=(1,))
