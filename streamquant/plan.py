@@ -26,9 +26,10 @@ from streamquant.names import (
     module_name,
     reason_to_keep,
 )
-from streamquant.quantization_config import describe_quantization
+from streamquant.quantization_config import describe_quantization, is_named_only
 from streamquant.recipe import Matcher, Recipe, Rule
 from streamquant.schemes import Scheme
+from streamquant.schemes.fp8 import Fp8
 
 TORCH_DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn,
@@ -373,6 +374,8 @@ def _problems(specs: Sequence[TensorSpec], scheme: Scheme) -> list[str]:
     for number, spec in enumerate(specs, start=1):
         shape = (spec.shape[0], spec.shape[1])
         problem = scheme.problem(shape, fused=len(specs) > 1, last=number == len(specs))
+        if problem is None and isinstance(scheme, Fp8) and scheme.strategy == "block" and is_named_only(module_name(spec.name)):
+            problem = f"is a head or an embedding, where engines load no blocks of {scheme.preset}"
         if problem is not None:
             problems.append(f"{spec.name} {problem}")
     return problems

@@ -19,6 +19,11 @@ NUMBER = r"\d+"
 _NAMED_ONLY = re.compile(r"(.*\.)?(lm_head|output|embed_out|embed_tokens|embed_in|wte|wpe)")
 
 
+def is_named_only(module: str) -> bool:
+    """Whether engines find the module by its name only: a head or an embedding, not a linear layer."""
+    return _NAMED_ONLY.fullmatch(module) is not None
+
+
 def describe_quantization(quantized: Mapping[str, Scheme], kept: Iterable[str], *, absent_lm_head: bool) -> dict[str, Any]:
     """The `quantization_config` for modules with their schemes and the linear modules that were kept as they are.
 
@@ -93,7 +98,7 @@ def _reader(config: Mapping[str, Any]) -> Callable[[str], Scheme | None]:
         if module in ignored:
             return None
         by_name = next((scheme for names, scheme in named if module in names), None)
-        if by_name is not None or _NAMED_ONLY.fullmatch(module):
+        if by_name is not None or is_named_only(module):
             return by_name
         return by_class
 
@@ -119,7 +124,7 @@ class _NameSet:
 def _targets(modules: list[str], others: list[str]) -> list[str]:
     """Targets that match these modules and none of `others`; modules in `ignore` may match, for `ignore` wins."""
     if not others:
-        return [CLASS_TARGET, *sorted(module for module in modules if _NAMED_ONLY.fullmatch(module))]
+        return [CLASS_TARGET, *sorted(filter(is_named_only, modules))]
     foreign = [{_template(other, level) for other in others} for level in (0, 1)]
     safe: dict[tuple[str, ...], bool] = {}
     targets = set()

@@ -21,7 +21,7 @@ ENGINES = {
     "W8A16": "vLLM, SGLang, transformers",
     "W4A16": "vLLM, SGLang, transformers",
     "W4A16_ASYM": "vLLM, SGLang, transformers",
-    "W4A8": "vLLM, transformers",
+    "W4A8": "vLLM (experts: Arm CPUs only), transformers (no experts)",
     "W4AFP8": "vLLM (SM90), transformers",
     "NVFP4A16": "vLLM, SGLang, transformers",
     "MXFP4A16": "vLLM, transformers",

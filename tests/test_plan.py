@@ -158,6 +158,7 @@ def test_include_overrides_a_default_and_only_that(moe: Path) -> None:
         ({"scheme": "W4A16", "ignore": ["no.such"]}, "pattern 'no.such' matches no module"),
         ({"scheme": "W4A16", "ignore": ["up_proj"]}, r"did you mean '\*.up_proj'"),
         ({"scheme": "W4A16", "include": ["*.norm1"]}, "--include: pattern .* matches no weight that can be quantized"),
+        ({"scheme": "FP8_BLOCK", "include": ["lm_head"]}, "lm_head.weight is a head or an embedding, where engines load no blocks"),
         ({"scheme": "W4A16", "ignore": ["*"]}, "nothing in .* would be quantized"),
         ({"scheme": "W4A16", "max_shard_size": "5 apples"}, "'5 apples' is no size"),
         ({"scheme": "W4A16", "max_shard_size": 0}, "less than a byte"),

@@ -38,7 +38,7 @@ MOE_MODEL = os.environ.get("STREAMQUANT_MOE_MODEL")
 CHECK = Path(__file__).with_name("vllm_check.py")
 TEXT = Path(__file__).parent / "data" / "wikitext2-sample.txt"
 WINDOW = 128  # as in vllm_check.py
-TOLERANCE = 0.005  # on the perplexity; a scale that is off by a factor of 4 in one layer makes 10 %
+TOLERANCE = 0.005  # on the perplexity; swapped nibbles in a single matrix of 42 make 0.007, zero points off by one in one layer 0.011
 TIMEOUT_SECONDS = 3000
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(VLLM_PYTHON is None, reason="VLLM_PYTHON is not set")]
