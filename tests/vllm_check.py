@@ -27,7 +27,7 @@ What is done
      layers ("emulated"; activations are NOT quantised there; NVFP4 W4A4 and MXFP8 linears use vLLM's own emulation kernels).
   4. 16 greedy tokens, and with --text exp(mean negative prompt log-probability) over up to 64 windows of 128 tokens.
 
-Added to the checker of the project's shared tools for streamquant: packed integers of 3, 5, 6 and 7 bits are dequantised
+Packed integers of 3, 5, 6 and 7 bits are dequantised
 (vLLM has no kernel and no unpacking for them on a CPU, so the unpacking is this script's, written from the format's text),
 and native block FP8 ("quant_method": "fp8") is loaded and, where there is no kernel, dequantised.
 """
