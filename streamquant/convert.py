@@ -15,6 +15,7 @@ from streamquant.checkpoint.journal import RECORD_NAME, WORK_FOLDER, Journal, re
 from streamquant.checkpoint.source import CONFIG_NAME, INDEX_NAME, LocalSource, read_checkpoint
 from streamquant.checkpoint.writer import ShardWriter, sync_folder, write_file
 from streamquant.errors import RequestError, StorageError, VerificationError
+from streamquant.inputs import find_weights
 from streamquant.memory import Memory, available_cpus, budget_memory
 from streamquant.plan import Copy, Encode, Plan, Shard, make_plan
 from streamquant.recipe import make_recipe
@@ -55,7 +56,9 @@ class Conversion:
             "shards": [shard.file for shard in self.plan.shards],
             "resumed_shards": self.resumed_shards,
             "predicted_memory_bytes": self.memory.peak_bytes,
-            "quantized": {member.source.name: step.scheme.preset for step in encoded for member in step.members},
+            "quantized": {
+                member.weight.name: step.scheme.preset for step in encoded for member in step.members if step.scheme.format != "dense"
+            },
             "kept": {step.source.name: step.reason for step in steps if isinstance(step, Copy)},
             "left_out": dict(self.plan.checkpoint.left_out),
             "nonfinite": list(self.nonfinite),
@@ -98,7 +101,8 @@ def plan(
     )
     max_shard_bytes = parse_size(max_shard_size)
     with LocalSource(source) as opened:
-        return make_plan(read_checkpoint(opened), wish, max_shard_bytes=max_shard_bytes)
+        checkpoint = read_checkpoint(opened)
+        return make_plan(checkpoint, find_weights(checkpoint, opened), wish, max_shard_bytes=max_shard_bytes)
 
 
 def convert(
@@ -304,7 +308,10 @@ def _finish(the_plan: Plan, source: LocalSource, out: Path, work: Path, job: Map
     write_file(out / RECORD_NAME, _json(record), work=work)
     if len(the_plan.shards) > 1:
         write_file(out / INDEX_NAME, _json(_index(the_plan)), work=work)
-    config = dict(the_plan.checkpoint.config or {}) | {"quantization_config": the_plan.quantization_config}
+    config = dict(the_plan.checkpoint.config or {})
+    config.pop("quantization_config", None)
+    if the_plan.quantization_config:
+        config["quantization_config"] = the_plan.quantization_config
     write_file(out / CONFIG_NAME, _json(config), work=work)
     sync_folder(out)
 

@@ -1,17 +1,22 @@
 """How the memory budget is spent: blocks of rows, workers, and what may be kept between two passes."""
 
+import math
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from streamquant.errors import RequestError
+from streamquant.inputs import Weight
 from streamquant.plan import Encode, Plan
+from streamquant.schemes import Scheme
 
 BLOCK_ELEMENTS = 1 << 18  # a block and its temporaries in float32 about fit a 2 MB L2 cache
 GPU_BLOCK_ELEMENTS = 1 << 24
 WORKING_BYTES = 40  # per element of a block in work: the source and at most nine float32 temporaries (search, e2m1)
 COPY_BYTES = 8 << 20
 MAX_KEEP_BYTES = 64 << 20
+MIN_READ_BYTES = 1 << 20
+MAX_READ_BYTES = 16 << 20
 
 
 class Memory(NamedTuple):
@@ -20,6 +25,7 @@ class Memory(NamedTuple):
     num_workers: int
     block_elements: int
     keep_bytes: int  # per worker: weights that share a scale are read once up to this, larger ones twice
+    read_bytes: int  # per worker: what is read at a time of weights that are no plain tensors; 0 if there are none
     peak_bytes: int  # predicted
 
 
@@ -30,22 +36,38 @@ def budget_memory(plan: Plan, *, max_bytes: int, num_workers: int, on_gpu: bool)
     """
     block_elements = GPU_BLOCK_ELEMENTS if on_gpu else BLOCK_ELEMENTS
     largest, culprit = COPY_BYTES // WORKING_BYTES, ""
+    reads_parts = False
     for step in plan.steps:
         if isinstance(step, Encode):
-            for spec in step.sources:
-                num_rows, num_columns = spec.shape
-                rows = max(block_elements // max(num_columns, 1), step.scheme.row_multiple)
+            for member in step.members:
+                num_rows, num_columns = member.weight.shape
+                reads_parts = reads_parts or not member.weight.is_plain
+                rows = max(block_elements // max(num_columns, 1), row_multiple(member.weight, step.scheme))
                 if min(rows, num_rows) * num_columns > largest:
-                    largest, culprit = min(rows, num_rows) * num_columns, spec.name
+                    largest, culprit = min(rows, num_rows) * num_columns, member.weight.name
     block_bytes = largest * WORKING_BYTES
-    if block_bytes > max_bytes:
-        raise RequestError(f"{culprit}: its smallest block takes {block_bytes} bytes of working memory; give --max-memory {block_bytes}")
-    num_workers = max(min(num_workers, max_bytes // block_bytes), 1)
-    keep_bytes = min((max_bytes - num_workers * block_bytes) // num_workers, MAX_KEEP_BYTES)
+    read_bytes = MIN_READ_BYTES if reads_parts else 0
+    if block_bytes + read_bytes > max_bytes:
+        needed = block_bytes + read_bytes
+        raise RequestError(f"{culprit}: its smallest block takes {needed} bytes of working memory; give --max-memory {needed}")
+    num_workers = max(min(num_workers, max_bytes // (block_bytes + read_bytes)), 1)
+    left = max_bytes // num_workers - block_bytes
+    if reads_parts:
+        read_bytes = max(min(left // 3, MAX_READ_BYTES), MIN_READ_BYTES)
+    keep_bytes = min(left - read_bytes, MAX_KEEP_BYTES)
     keep_bytes = keep_bytes * 4 // 5  # the rest holds what was observed of the weights
-    shared = [sum(s.num_bytes for s in step.sources) for step in plan.steps if isinstance(step, Encode) and step.scheme.shares_amax]
+    shared = [
+        sum(member.weight.decoded_bytes for member in step.members)
+        for step in plan.steps
+        if isinstance(step, Encode) and step.scheme.shares_amax
+    ]
     kept = max((num_bytes for num_bytes in shared if num_bytes <= keep_bytes), default=0)
-    return Memory(num_workers, block_elements, keep_bytes, num_workers * (block_bytes + kept * 5 // 4))
+    return Memory(num_workers, block_elements, keep_bytes, read_bytes, num_workers * (block_bytes + read_bytes + kept * 5 // 4))
+
+
+def row_multiple(weight: Weight, scheme: Scheme) -> int:
+    """Blocks of rows start at multiples of this, for what is read and for what is written."""
+    return math.lcm(weight.format.row_multiple, scheme.row_multiple)
 
 
 def available_cpus() -> int:

@@ -11,11 +11,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 WEIGHT_SUFFIX = ".weight"
-# The last parts of names of what a quantized weight is stored as, and dtypes of a `weight` that takes a scale beside it.
-STORED_SUFFIXES = frozenset({
-    "weight_packed", "weight_scale", "weight_scale_inv", "weight_global_scale", "weight_zero_point", "weight_shape",
-})  # fmt: skip
-STORED_DTYPES = frozenset({"F8_E4M3", "I8"})
 
 
 class FusedSet(NamedTuple):
@@ -77,12 +72,6 @@ class ModelFacts:
 def module_name(tensor: str) -> str:
     """The module that a weight belongs to; other tensors stand for themselves."""
     return tensor.removesuffix(WEIGHT_SUFFIX)
-
-
-def is_stored_quantized(tensor: str, dtype: str) -> bool:
-    """Whether a tensor is a part of a quantized weight, as far as its name and dtype tell."""
-    suffix = tensor.rpartition(".")[2]
-    return suffix in STORED_SUFFIXES or (suffix == "weight" and dtype in STORED_DTYPES)
 
 
 def is_expert(module: str) -> bool:

@@ -8,36 +8,23 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, NamedTuple
 
-import torch
-
-from streamquant.checkpoint.header import DTYPE_BITS, TensorSpec, build_header, tensor_bytes
+from streamquant.checkpoint.header import DTYPE_BITS, TensorSpec, build_header
 from streamquant.checkpoint.source import Checkpoint
 from streamquant.errors import CheckpointError, RequestError
-from streamquant.names import (
-    EMBEDDING,
-    WEIGHT_SUFFIX,
-    ModelFacts,
-    fused_groups,
-    is_expert,
-    is_stored_quantized,
-    module_name,
-    reason_to_keep,
-)
+from streamquant.inputs import Inventory, Stack, Weight
+from streamquant.stored import DENSE_DTYPES, stored_bytes, stored_tensors
+from streamquant.names import EMBEDDING, WEIGHT_SUFFIX, ModelFacts, fused_groups, is_expert, module_name, reason_to_keep
 from streamquant.quantization_config import describe_quantization, is_named_only
 from streamquant.recipe import Matcher, Recipe, Rule
-from streamquant.schemes import Scheme
+from streamquant.schemes import PLAIN, Scheme
 from streamquant.schemes.fp8 import Fp8
+from streamquant.schemes.plain import Plain
 
-TORCH_DTYPES = {
-    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn,
-    "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
-}  # fmt: skip
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-QUANTIZABLE = ("BF16", "F16", "F32")
 NOT_A_MATRIX = "not a 2-D weight"
+NOT_STORED = PLAIN["BF16"]  # the scheme of what is copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +36,9 @@ class Copy:
     reason: str
 
     @property
-    def sources(self) -> tuple[TensorSpec, ...]:
-        """What is read."""
-        return (self.source,)
+    def source_bytes(self) -> int:
+        """Bytes to read."""
+        return self.source.num_bytes
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
@@ -63,34 +50,41 @@ class Copy:
 class Member:
     """One weight to quantize and the tensors it becomes."""
 
-    source: TensorSpec
+    weight: Weight
     stored: tuple[TensorSpec, ...]
 
     @property
     def module(self) -> str:
         """The module it is the weight of."""
-        return module_name(self.source.name)
+        return self.weight.module
 
     def place(self, suffix: str) -> TensorSpec:
         """The stored tensor of which `suffix` is the last part of the name."""
+        if len(self.stored) == 1:
+            return self.stored[0]
         return next(spec for spec in self.stored if spec.name.endswith(f".{suffix}"))
 
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """Weights quantized together: one, or fused partners, which share what their scheme shares."""
+    """Weights stored by a scheme together: one, or fused partners, which share what their scheme shares."""
 
     members: tuple[Member, ...]
     scheme: Scheme
+    keeps_codes: bool = False  # the source has these codes and scales already
+    reason: str = ""  # why a quantized weight is unpacked and left plain
+    whole: TensorSpec | None = None  # the one tensor that the members make up, if they do
 
     @property
-    def sources(self) -> tuple[TensorSpec, ...]:
-        """What is read."""
-        return tuple(member.source for member in self.members)
+    def source_bytes(self) -> int:
+        """Bytes to read."""
+        return sum(member.weight.num_bytes for member in self.members)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """What is written."""
+        if self.whole is not None:
+            return (self.whole,)
         return tuple(spec for member in self.members for spec in member.stored)
 
 
@@ -130,7 +124,8 @@ class Plan:
     checkpoint: Checkpoint
     recipe: Recipe
     shards: tuple[Shard, ...]
-    quantization_config: Mapping[str, Any]
+    quantization_config: Mapping[str, Any]  # empty if nothing is quantized
+    dropped: Mapping[str, str]  # tensors of the source that mean nothing in the output -> why
 
     @property
     def steps(self) -> Iterator[Step]:
@@ -140,7 +135,7 @@ class Plan:
     @cached_property
     def source_bytes(self) -> int:
         """Bytes of tensors to read."""
-        return sum(spec.num_bytes for step in self.steps for spec in step.sources)
+        return sum(step.source_bytes for step in self.steps)
 
     @cached_property
     def output_bytes(self) -> int:
@@ -174,71 +169,64 @@ class Plan:
             "quantization_config": dict(self.quantization_config),
             "side_files": list(self.checkpoint.side_files),
             "left_out": dict(self.checkpoint.left_out),
+            "dropped": dict(self.dropped),
         }
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, max_shard_bytes: int) -> Plan:
-    """Decide what happens to every tensor of the checkpoint.
+def make_plan(checkpoint: Checkpoint, inventory: Inventory, recipe: Recipe, *, max_shard_bytes: int) -> Plan:
+    """Decide what happens to every tensor of the checkpoint, of which `inventory` says what they make up.
 
     Raises RequestError if the recipe cannot be followed, CheckpointError if the checkpoint is of a kind not supported.
     """
-    _refuse_unsupported(checkpoint)
-    decisions = _decide(checkpoint, recipe)
-    groups = _fused(checkpoint, decisions)
-    shards = _lay_out(_draft(checkpoint, decisions, groups), max_shard_bytes)
+    if inventory.problems:
+        more = f" (and {len(inventory.problems) - 1} more)" if len(inventory.problems) > 1 else ""
+        raise CheckpointError(f"{inventory.problems[0]}{more}")
+    decisions = _decide(checkpoint, inventory, recipe)
+    groups = _fused(inventory, decisions)
+    shards = _lay_out(_draft(inventory, decisions, groups), max_shard_bytes)
 
     encoded = [step for shard in shards for step in shard.steps if isinstance(step, Encode)]
     if not encoded:
+        if all(isinstance(scheme, Plain) for scheme in recipe.schemes):
+            raise RequestError(f"nothing in {checkpoint.source} is quantized, so nothing would be unpacked")
         raise RequestError(f"nothing in {checkpoint.source} would be quantized: every tensor is kept; --include overrides default keeps")
-    quantized = {member.module: step.scheme for step in encoded for member in step.members}
-    not_linear = {NOT_A_MATRIX, EMBEDDING}
-    kept = [module_name(name) for name, fate in decisions.items() if isinstance(fate, Keep) and fate.reason not in not_linear]
-    has_lm_head = any(name.endswith("lm_head.weight") for name in checkpoint.tensors)
-    config = describe_quantization(quantized, kept, absent_lm_head=not has_lm_head)
-    return Plan(checkpoint, recipe, shards, config)
+    quantized = {member.module: step.scheme for step in encoded for member in step.members if not isinstance(step.scheme, Plain)}
+    kept = [
+        weight.module
+        for weight in inventory.weights
+        if weight.module not in quantized and _reason(decisions[weight.name]) != EMBEDDING
+    ]  # fmt: skip
+    has_lm_head = any(item.name.endswith("lm_head.weight") for item in inventory.weights)
+    config = describe_quantization(quantized, kept, absent_lm_head=not has_lm_head) if quantized else {}
+    return Plan(checkpoint, recipe, shards, config, inventory.dropped)
 
 
 # --- deciding --------------------------------------------------------------------------------------------------------
 
 
-def _refuse_unsupported(checkpoint: Checkpoint) -> None:
-    config = checkpoint.config or {}
-    nested = config.get("text_config")
-    for owner in (config, nested if isinstance(nested, dict) else {}):
-        stated = owner.get("quantization_config") or owner.get("compression_config")
-        if stated:
-            method = stated.get("quant_method") if isinstance(stated, dict) else stated
-            raise CheckpointError(f"{checkpoint.source} is already quantized ({method}); only bf16, fp16 and fp32 sources are supported")
-    for spec in checkpoint.tensors.values():
-        if is_stored_quantized(spec.name, spec.dtype):
-            raise CheckpointError(
-                f"{spec.name} ({spec.dtype}) belongs to a weight that is already quantized; only bf16, fp16 and fp32 are supported"
-            )
-        if len(spec.shape) == 3 and "experts" in spec.name.split("."):
-            raise CheckpointError(
-                f"{spec.name} {list(spec.shape)} stacks experts in 3-D, which is not supported; one 2-D weight per expert is"
-            )
-
-
-def _decide(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Decision]:
+def _decide(checkpoint: Checkpoint, inventory: Inventory, recipe: Recipe) -> dict[str, Decision]:
     """For each tensor its scheme, or why it is kept, before fused partners are brought into line."""
     facts = ModelFacts.from_config(checkpoint.config)
     rules, include = Matcher([rule.pattern for rule in recipe.rules]), Matcher(recipe.include)
     used: set[int | None] = set()
     included: set[int | None] = set()
     decisions: dict[str, Decision] = {}
-    for name, spec in checkpoint.tensors.items():
-        module = module_name(name)
-        if not _is_matrix(spec):
-            decisions[name] = Keep(NOT_A_MATRIX)
-            continue
-        index, include_index = rules.first(module), include.first(module)
+    for weight in inventory.weights:
+        index, include_index = rules.first(weight.module), include.first(weight.module)
         used.add(index)
         included.add(include_index)
-        default = reason_to_keep(module, spec.shape[0], facts) if include_index is None else None
-        decisions[name] = _decision(spec, None if index is None else recipe.rules[index], default=default)
-    modules = [module_name(name) for name in checkpoint.tensors]
-    matrices = [module_name(name) for name, spec in checkpoint.tensors.items() if _is_matrix(spec)]
+        default = reason_to_keep(weight.module, weight.shape[0], facts) if include_index is None else None
+        decisions[weight.name] = _decision(weight, None if index is None else recipe.rules[index], default=default)
+    for item in inventory.items:
+        if isinstance(item, Stack) and item.problem:
+            index = rules.first(item.name)
+            used.add(index)
+            asked = None if index is None else recipe.rules[index].scheme
+            if asked is not None and not isinstance(asked, Plain) and reason_to_keep(item.name, 0, facts) is None:
+                raise CheckpointError(item.problem)
+    modules = [module_name(item.name) for item in inventory.items]
+    matrices = [weight.module for weight in inventory.weights]
+    modules += matrices
     # A pattern that matches nothing is a mistake. One that gives a scheme must match something that could have one.
     for number in rules.unmatched(matrices, used={index for index in used if index is not None}):
         _refuse_unmatched(recipe.rules[number], modules=modules, matrices=matrices)
@@ -248,24 +236,28 @@ def _decide(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Decision]:
     return decisions
 
 
-def _is_matrix(spec: TensorSpec) -> bool:
-    return spec.name.endswith(WEIGHT_SUFFIX) and len(spec.shape) == 2
-
-
-def _decision(spec: TensorSpec, rule: Rule | None, *, default: str | None) -> Decision:
+def _decision(weight: Weight, rule: Rule | None, *, default: str | None) -> Decision:
     if default == EMBEDDING:  # whoever else keeps it: engines have no linear layer here that must be told
         return Keep(default)
     if rule is None:
         return Keep("no rule asks for it", by_user=True)
     if rule.scheme is None:
         return Keep(f"asked for by {rule.origin} {rule.pattern}", by_user=True)
+    if isinstance(rule.scheme, Plain):
+        if weight.is_quantized:
+            return rule.scheme
+        return Keep("not quantized")
     if default is not None:
         return Keep(default)
-    if spec.dtype not in QUANTIZABLE:
-        raise RequestError(f"{spec.name} is {spec.dtype}; only {', '.join(QUANTIZABLE)} can be quantized ({_way_out([spec.name])})")
-    if not spec.num_elements:
+    if weight.dtype not in DENSE_DTYPES:
+        raise RequestError(f"{weight.name} is {weight.dtype}; only {', '.join(DENSE_DTYPES)} can be quantized ({_way_out([weight.name])})")
+    if not weight.num_elements:
         return Keep("empty")
-    return rule.scheme.for_expert() if is_expert(module_name(spec.name)) else rule.scheme
+    return rule.scheme.for_expert() if is_expert(weight.module) else rule.scheme
+
+
+def _reason(decision: Decision) -> str | None:
+    return decision.reason if isinstance(decision, Keep) else None
 
 
 def _refuse_unmatched(rule: Rule, *, modules: Sequence[str], matrices: Sequence[str]) -> None:
@@ -284,16 +276,15 @@ def _hint(pattern: str, modules: Sequence[str]) -> str:
     return ""
 
 
-def _fused(checkpoint: Checkpoint, decisions: dict[str, Decision]) -> list[tuple[str, ...]]:
-    """Groups of fused tensors to be quantized together. Where one is kept by default, `decisions` then keep its partners too."""
-    matrices = [(module_name(name), spec.shape[1]) for name, spec in checkpoint.tensors.items() if _is_matrix(spec)]
+def _fused(inventory: Inventory, decisions: dict[str, Decision]) -> list[tuple[str, ...]]:
+    """Groups of fused weights to be stored together. Where one is kept by default, `decisions` then keep its partners too."""
     groups = []
-    for modules in fused_groups(matrices):
+    for modules in fused_groups((weight.module, weight.shape[1]) for weight in inventory.weights):
         names = tuple(module + WEIGHT_SUFFIX for module in modules)
         fates = {name: decisions[name] for name in names}
         schemes = {fate for fate in fates.values() if not isinstance(fate, Keep)}
         kept = {name: fate for name, fate in fates.items() if isinstance(fate, Keep)}
-        if not schemes:
+        if not schemes or any(isinstance(scheme, Plain) for scheme in schemes):
             continue
         if len(schemes) > 1 or any(fate.by_user for fate in kept.values()):
             said = ", ".join(f"{module_name(name)} {_said(fate)}" for name, fate in fates.items())
@@ -311,56 +302,84 @@ def _said(decision: Decision) -> str:
     return "kept" if isinstance(decision, Keep) else decision.title
 
 
-class _Draft(NamedTuple):
-    """A step before its outputs have a place."""
+# --- drafting --------------------------------------------------------------------------------------------------------
 
-    sources: tuple[TensorSpec, ...]
-    decision: Decision
+
+class _Draft(NamedTuple):
+    """A step before its outputs have a place: a tensor to copy, or weights to store by a scheme."""
+
+    tensor: TensorSpec | None
+    weights: tuple[Weight, ...]
+    scheme: Scheme
+    reason: str = ""
+    keeps_codes: bool = False
+    stack: str = ""  # the name of the 3-D tensor that the weights make up together
 
     def outputs(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """(name, dtype, shape) of what is written."""
-        if isinstance(self.decision, Keep):
-            return [(spec.name, spec.dtype, spec.shape) for spec in self.sources]
-        return [
-            (f"{module_name(spec.name)}.{suffix}", dtype, shape)
-            for spec in self.sources
-            for suffix, dtype, shape in stored_tensors(self.decision, (spec.shape[0], spec.shape[1]), spec.dtype)
-        ]
+        if self.tensor is not None:
+            return [self.tensor[:3]]
+        if self.stack:
+            [(_, dtype, shape)] = stored_tensors(self.scheme, self.weights[0].shape, self.weights[0].dtype)
+            return [(self.stack, dtype, (len(self.weights), *shape))]
+        return [output for weight in self.weights for output in self._outputs_of(weight)]
+
+    def _outputs_of(self, weight: Weight) -> list[tuple[str, str, tuple[int, ...]]]:
+        stored = stored_tensors(self.scheme, weight.shape, weight.dtype)
+        if weight.is_vector:
+            return [(weight.name, dtype, shape[:1]) for _, dtype, shape in stored]
+        return [(f"{weight.module}.{suffix}", dtype, shape) for suffix, dtype, shape in stored]
 
     def num_bytes(self) -> int:
         """Bytes of what is written."""
-        if isinstance(self.decision, Keep):
-            return sum(spec.num_bytes for spec in self.sources)
-        return sum(stored_bytes(self.decision, (spec.shape[0], spec.shape[1]), spec.dtype) for spec in self.sources)
+        if self.tensor is not None:
+            return self.tensor.num_bytes
+        return sum(stored_bytes(self.scheme, weight.shape, weight.dtype) for weight in self.weights)
 
     def step(self, places: Mapping[str, TensorSpec]) -> Step:
         """The step, with the places of its outputs by name."""
-        if isinstance(self.decision, Keep):
-            return Copy(self.sources[0], places[self.sources[0].name], self.decision.reason)
-        members = []
-        for spec in self.sources:
-            module = module_name(spec.name)
-            stored = stored_tensors(self.decision, (spec.shape[0], spec.shape[1]), spec.dtype)
-            members.append(Member(spec, tuple(places[f"{module}.{suffix}"] for suffix, _, _ in stored)))
-        return Encode(tuple(members), self.decision)
+        if self.tensor is not None:
+            return Copy(self.tensor, places[self.tensor.name], self.reason)
+        if self.stack:
+            whole = places[self.stack]
+            part_bytes = whole.num_bytes // len(self.weights)
+            starts = range(whole.start, whole.end, part_bytes)
+            parts = [TensorSpec(whole.name, whole.dtype, whole.shape[1:], whole.file, start, start + part_bytes) for start in starts]
+            members = tuple(Member(weight, (part,)) for weight, part in zip(self.weights, parts, strict=True))
+            return Encode(members, self.scheme, reason=self.reason, whole=whole)
+        members = tuple(Member(weight, tuple(places[name] for name, _, _ in self._outputs_of(weight))) for weight in self.weights)
+        return Encode(members, self.scheme, self.keeps_codes, self.reason)
 
 
-def _draft(checkpoint: Checkpoint, decisions: Mapping[str, Decision], groups: Sequence[tuple[str, ...]]) -> list[_Draft]:
+def _draft(inventory: Inventory, decisions: Mapping[str, Decision], groups: Sequence[tuple[str, ...]]) -> list[_Draft]:
     """Drafts of the steps in source order, fused partners together at the place of the first."""
     group_of = {name: group for group in groups for name in group}
+    weights = {weight.name: weight for weight in inventory.weights}
+    # Loaders take the experts of a model from stacks or one by one, not both.
+    stacked = [weight for item in inventory.items if isinstance(item, Stack) for weight in item.weights]
+    splits = any(not isinstance(decisions[weight.name], Keep | Plain) for weight in stacked)
     problems: dict[str, tuple[str, ...]] = {}  # with the weights that must be kept to avoid it
     drafts: list[_Draft] = []
     done: set[str] = set()
-    for name, spec in checkpoint.tensors.items():
-        decision = decisions[name]
-        if isinstance(decision, Keep):
-            drafts.append(_Draft((spec,), decision))
-        elif name not in done:
-            group = group_of.get(name, (name,))
-            done.update(group)
-            specs = tuple(checkpoint.tensors[member] for member in group)
-            problems.update(dict.fromkeys(_problems(specs, decision), group))
-            drafts.append(_Draft(specs, decision))
+    for item in inventory.items:
+        if isinstance(item, TensorSpec):
+            drafts.append(_copy(item, NOT_A_MATRIX))
+            continue
+        if isinstance(item, Stack) and not (splits and item.weights):
+            drafts += _together(item, decisions)
+            continue
+        for weight in item.weights if isinstance(item, Stack) else (item,):
+            decision = decisions[weight.name]
+            if isinstance(decision, Keep):
+                drafts.append(_kept(weight, decision))
+            elif weight.name not in done:
+                group = group_of.get(weight.name, (weight.name,))
+                done.update(group)
+                members = tuple(weights[name] for name in group)
+                problems.update(dict.fromkeys(_problems(members, decision), group))
+                drafts += _stored(members, decision)
+        if isinstance(item, Stack):
+            drafts += [_Draft(None, (bias,), PLAIN[bias.dtype], NOT_A_MATRIX) for bias in item.biases]
     if problems:
         first, *others = problems
         more = f" (and {len(others)} more weights)" if others else ""
@@ -368,16 +387,51 @@ def _draft(checkpoint: Checkpoint, decisions: Mapping[str, Decision], groups: Se
     return drafts
 
 
-def _problems(specs: Sequence[TensorSpec], scheme: Scheme) -> list[str]:
+def _copy(tensor: TensorSpec, reason: str) -> _Draft:
+    return _Draft(tensor, (), NOT_STORED, reason)
+
+
+def _together(stack: Stack, decisions: Mapping[str, Decision]) -> list[_Draft]:
+    """A stack that stays one: its tensors, or a plain one in their place."""
+    decision = decisions[stack.weights[0].name] if stack.weights else Keep(NOT_A_MATRIX)
+    reason = decision.reason if isinstance(decision, Keep) else ""
+    if not stack.whole:
+        return [_copy(tensor, reason) for tensor in stack.tensors]
+    scheme = PLAIN[stack.whole[0].dtype] if isinstance(decision, Keep) else decision
+    biases = [_copy(bias.tensors["weight"], NOT_A_MATRIX) for bias in stack.biases[:1]]
+    return [_Draft(None, stack.whole, scheme, reason, stack=stack.name), *biases]
+
+
+def _kept(weight: Weight, decision: Keep) -> _Draft:
+    """A weight as it is; what is quantized, or no tensor of its own, is written as one of plain numbers."""
+    if weight.is_plain:
+        return _copy(weight.tensors["weight"], decision.reason)
+    return _Draft(None, (weight,), PLAIN[weight.dtype], decision.reason)
+
+
+def _stored(members: tuple[Weight, ...], scheme: Scheme) -> list[_Draft]:
+    """Weights that a scheme stores together; those that have its codes and scales already keep them."""
+    sources = {member.format.scheme for member in members}
+    exact = scheme.exact_for(*sources) if len(sources) == 1 else scheme
+    kept = [member.format.keeps_codes_of(scheme) for member in members]
+    if scheme.shares_amax:
+        if kept[0] is not None and all(other == kept[0] for other in kept):
+            return [_Draft(None, members, kept[0], keeps_codes=True)]
+        return [_Draft(None, members, exact)]
+    drafts = [_Draft(None, (member,), own, keeps_codes=True) for member, own in zip(members, kept, strict=True) if own is not None]
+    rest = tuple(member for member, own in zip(members, kept, strict=True) if own is None)
+    return [*drafts, _Draft(None, rest, exact)] if rest else drafts
+
+
+def _problems(weights: Sequence[Weight], scheme: Scheme) -> list[str]:
     """What keeps the members of a group from being stored so that engines load them."""
     problems = []
-    for number, spec in enumerate(specs, start=1):
-        shape = (spec.shape[0], spec.shape[1])
-        problem = scheme.problem(shape, fused=len(specs) > 1, last=number == len(specs))
-        if problem is None and isinstance(scheme, Fp8) and scheme.strategy == "block" and is_named_only(module_name(spec.name)):
+    for number, weight in enumerate(weights, start=1):
+        problem = scheme.problem(weight.shape, fused=len(weights) > 1, last=number == len(weights))
+        if problem is None and isinstance(scheme, Fp8) and scheme.strategy == "block" and is_named_only(weight.module):
             problem = f"is a head or an embedding, where engines load no blocks of {scheme.preset}"
         if problem is not None:
-            problems.append(f"{spec.name} {problem}")
+            problems.append(f"{weight.name} {problem}")
     return problems
 
 
@@ -395,18 +449,7 @@ def _glob(module: str) -> str:
     return ".".join(["*", *parts[start:]])
 
 
-@lru_cache(maxsize=4096)
-def stored_tensors(scheme: Scheme, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-    """(last part of the name, dtype, shape) of what `scheme` stores for a weight, from its encoder run on shapes alone."""
-    weight_NK = torch.empty(shape, dtype=TORCH_DTYPES[dtype], device="meta")
-    stored = scheme.encode_whole(weight_NK)
-    return tuple((suffix, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for suffix, tensor in stored.items())
-
-
-@lru_cache(maxsize=4096)
-def stored_bytes(scheme: Scheme, shape: tuple[int, int], dtype: str) -> int:
-    """Bytes of what `scheme` stores for a weight."""
-    return sum(tensor_bytes(stored_dtype, stored_shape) for _, stored_dtype, stored_shape in stored_tensors(scheme, shape, dtype))
+# --- laying out ------------------------------------------------------------------------------------------------------
 
 
 def _lay_out(drafts: Sequence[_Draft], max_shard_bytes: int) -> tuple[Shard, ...]:
@@ -448,9 +491,25 @@ def _step_json(step: Step) -> dict[str, Any]:
         "action": "quantize",
         "scheme": step.scheme.preset,
         "observer": step.scheme.observer,
+        "keeps_codes": step.keeps_codes,
+        "reason": step.reason,
         "members": [
-            {"module": m.module, "source": _spec_json(m.source), "outputs": [_spec_json(spec) for spec in m.stored]} for m in step.members
+            {"module": m.module, "source": _weight_json(m.weight), "outputs": [_spec_json(spec) for spec in m.stored]} for m in step.members
         ],
+    }
+
+
+def _weight_json(weight: Weight) -> dict[str, Any]:
+    if weight.is_plain:
+        return _spec_json(weight.tensors["weight"])
+    return {
+        "name": weight.name,
+        "dtype": weight.dtype,
+        "shape": list(weight.shape),
+        "bytes": weight.num_bytes,
+        "stored_as": weight.format.title,
+        "place": weight.place,
+        "tensors": {role: _spec_json(spec) for role, spec in weight.tensors.items()},
     }
 
 

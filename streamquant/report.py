@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from streamquant.convert import Conversion
 from streamquant.inspect import Inspection
 from streamquant.memory import Memory
-from streamquant.plan import Copy, Plan, Step, bits_per_weight
+from streamquant.plan import Copy, Encode, Plan, Step, bits_per_weight
 from streamquant.schemes import NEED_ACTIVATION_SCALES, SCHEMES
+from streamquant.schemes.plain import Plain
 from streamquant.verify import Verification
 
 # Which engines load what we write (FORMATS of compressed-tensors 0.19; vLLM 0.33, SGLang 0.5.23, transformers 5.17).
@@ -69,23 +70,52 @@ def plan_lines(plan: Plan, memory: Memory) -> list[str]:
 
 def summary_lines(plan: Plan) -> list[str]:
     """Sizes, what is kept and left out, in a few lines."""
-    quantized = [member for step in plan.steps if not isinstance(step, Copy) for member in step.members]
-    fused = sum(1 for step in plan.steps if not isinstance(step, Copy) and len(step.members) > 1)
-    kept: defaultdict[str, list[str]] = defaultdict(list)
-    for step in plan.steps:
-        if isinstance(step, Copy):
-            kept[step.reason].append(step.source.name)
-    schemes = ", ".join(dict.fromkeys(step.scheme.title for step in plan.steps if not isinstance(step, Copy)))
+    encoded = [step for step in plan.steps if isinstance(step, Encode)]
+    stored = [step for step in encoded if not isinstance(step.scheme, Plain)]
+    schemes = ", ".join(dict.fromkeys(step.scheme.title for step in stored))
+    fused = sum(1 for step in stored if len(step.members) > 1)
     ratio = plan.output_bytes / max(plan.source_bytes, 1)
-    lines = [
-        f"quantized   {len(quantized)} weights to {schemes or 'nothing'}; {fused} fused groups",
-        *(f"kept        {len(names)} x {reason}: {_examples(names)}" for reason, names in kept.items()),
+    lines = [f"quantized   {sum(len(step.members) for step in stored)} weights to {schemes or 'nothing'}; {fused} fused groups"]
+    as_stored = [member.weight.name for step in stored if step.keeps_codes for member in step.members]
+    if as_stored:
+        lines.append(f"as stored   {len(as_stored)} of them, whose codes and scales the source has: {_examples(as_stored)}")
+    lines += [
+        *(f"unpacked    {len(names)} x {fate}: {_examples(names)}" for fate, names in _unpacked(encoded).items()),
+        *(f"kept        {len(names)} x {reason}: {_examples(names)}" for reason, names in _copied(plan.steps).items()),
+        *(f"dropped     {len(names)} x {reason}: {_examples(names)}" for reason, names in _dropped(plan).items()),
         *(f"left out    {file}: {reason}" for file, reason in plan.checkpoint.left_out.items()),
         f"size        {format_bytes(plan.source_bytes)} -> {format_bytes(plan.output_bytes)} ({ratio:.0%}) in {len(plan.shards)} files",
     ]
     if plan.checkpoint.config is None:
         lines.append("config      the source has no config.json: the output's will hold nothing but quantization_config")
     return lines
+
+
+def _unpacked(encoded: Iterable[Encode]) -> dict[str, list[str]]:
+    """Names of quantized weights that are left plain, by what they become and why."""
+    names: defaultdict[str, list[str]] = defaultdict(list)
+    for step in encoded:
+        if isinstance(step.scheme, Plain):
+            fate = step.scheme.title + (f", {step.reason}" if step.reason else "")
+            names[fate] += [member.weight.name for member in step.members]
+    return names
+
+
+def _copied(steps: Iterable[Step]) -> dict[str, list[str]]:
+    """Names of tensors that are copied, by the reason."""
+    names: defaultdict[str, list[str]] = defaultdict(list)
+    for step in steps:
+        if isinstance(step, Copy):
+            names[step.reason].append(step.source.name)
+    return names
+
+
+def _dropped(plan: Plan) -> dict[str, list[str]]:
+    """Names of tensors that are not written, by the reason."""
+    names: defaultdict[str, list[str]] = defaultdict(list)
+    for name, reason in plan.dropped.items():
+        names[reason].append(name)
+    return names
 
 
 def conversion_lines(conversion: Conversion) -> list[str]:
@@ -167,15 +197,19 @@ def _fates(step: Step) -> list[tuple[str, str, str, str, int, int]]:
         return [(spec.name, _shape(spec.shape), spec.dtype, f"kept: {step.reason}", spec.num_bytes, spec.num_bytes)]
     partners = [member.module.rpartition(".")[2] for member in step.members]
     fate = step.scheme.title
-    if len(partners) > 1:
+    if isinstance(step.scheme, Plain):
+        fate = f"unpacked to {fate}" + (f", kept: {step.reason}" if step.reason else "")
+    elif step.keeps_codes:
+        fate += ", as stored"
+    if len(partners) > 1 and step.whole is None:
         fate += f", fused {'+'.join(partners)}"
     return [
         (
-            member.source.name,
-            _shape(member.source.shape),
-            member.source.dtype,
+            member.weight.name,
+            _shape(member.weight.shape),
+            member.weight.dtype if member.weight.is_plain else member.weight.format.title,
             fate,
-            member.source.num_bytes,
+            member.weight.num_bytes,
             sum(spec.num_bytes for spec in member.stored),
         )
         for member in step.members

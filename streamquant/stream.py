@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from streamquant.checkpoint.header import TensorSpec
 from streamquant.checkpoint.source import Source
 from streamquant.checkpoint.writer import ShardWriter
 from streamquant.errors import CheckpointError
-from streamquant.memory import COPY_BYTES, Memory, row_blocks
-from streamquant.plan import TORCH_DTYPES, Copy, Encode, Member, Shard, Step
+from streamquant.inputs import Weight, new_memory
+from streamquant.stored import TORCH_DTYPES
+from streamquant.memory import COPY_BYTES, Memory, row_blocks, row_multiple
+from streamquant.plan import Copy, Encode, Member, Shard, Step
 from streamquant.schemes import Scheme
 
 
@@ -56,7 +57,7 @@ def stream_shards(
     `on_progress` is called from worker threads, one call at a time. Returns the names of the weights that are not all finite,
     whose infinities and NaNs were stored as zeros; without `allow_nonfinite` the first one raises CheckpointError.
     """
-    total = sum(spec.num_bytes for shard in shards for step in shard.steps for spec in step.sources)
+    total = sum(step.source_bytes for shard in shards for step in shard.steps)
     with ExitStack() as opened, _Engine(source, memory, device, allow_nonfinite, total, on_progress) as engine:
         publications: list[Future[None]] = []
         for shard in shards:
@@ -114,43 +115,48 @@ class _Engine:
         if isinstance(step, Copy):
             for start in range(0, step.source.num_bytes, COPY_BYTES):
                 count = min(COPY_BYTES, step.source.num_bytes - start)
-                yield self._submit(step.source, count, partial(self._copy, step, start, count, writer))
-            return
-        if not step.scheme.shares_amax:
+                yield self._submit(step.source.name, count, partial(self._copy, step, start, count, writer))
+        elif step.keeps_codes and self._share_already(step):
             for member, start, end, num_bytes in self._pieces(step):
-                yield self._submit(member.source, num_bytes, partial(self._encode, member, start, end, step.scheme, writer))
-            return
-        num_bytes = sum(spec.num_bytes for spec in step.sources)
-        if num_bytes <= self._memory.keep_bytes:
-            yield self._submit(step.sources[0], num_bytes, partial(self._encode_kept, step, writer))
-            return
+                yield self._submit(member.weight.name, num_bytes, partial(self._repack, member, start, end, step.scheme, writer))
+        elif not step.scheme.shares_amax:
+            for member, start, end, num_bytes in self._pieces(step):
+                yield self._submit(member.weight.name, num_bytes, partial(self._encode, member, start, end, step.scheme, writer))
+        elif sum(member.weight.decoded_bytes for member in step.members) <= self._memory.keep_bytes:
+            yield self._submit(step.members[0].weight.name, step.source_bytes, partial(self._encode_kept, step, writer))
+        else:
+            yield from self._submit_two_passes(step, writer)
+
+    def _submit_two_passes(self, step: Encode, writer: ShardWriter) -> Iterator[Future[Any]]:
+        """Read everything for the largest magnitude, then again to encode it."""
         scans = [
-            self._submit(member.source, num_bytes // 2, partial(self._scan, member, start, end, step.scheme))
+            self._submit(member.weight.name, num_bytes // 2, partial(self._scan, member, start, end, step.scheme))
             for member, start, end, num_bytes in self._pieces(step)
         ]
         # Work starts in the order in which it is queued, so whoever waits for the scans waits for running ones.
         for member, start, end, num_bytes in self._pieces(step):
             encode = partial(self._encode, member, start, end, step.scheme, writer, shared_of=(step, scans))
-            yield self._submit(member.source, num_bytes - num_bytes // 2, encode)
+            yield self._submit(member.weight.name, num_bytes - num_bytes // 2, encode)
 
     def _pieces(self, step: Encode) -> Iterator[tuple[Member, int, int, int]]:
         """Members cut into ranges of rows of about TASK_BYTES, with their bytes."""
         for member in step.members:
-            num_rows, num_columns = member.source.shape
-            row_bytes = member.source.num_bytes // num_rows
-            max_elements = TASK_BYTES * num_columns // row_bytes
-            for start, end in row_blocks(num_rows, num_columns, row_multiple=step.scheme.row_multiple, max_elements=max_elements):
-                yield member, start, end, (end - start) * row_bytes
+            weight = member.weight
+            num_rows, num_columns = weight.shape
+            task_bytes = min(TASK_BYTES, self._memory.read_bytes or TASK_BYTES)
+            max_elements = task_bytes * weight.num_elements // max(weight.num_bytes, 1)
+            for start, end in row_blocks(num_rows, num_columns, row_multiple=row_multiple(weight, step.scheme), max_elements=max_elements):
+                yield member, start, end, weight.num_bytes * end // num_rows - weight.num_bytes * start // num_rows
 
-    def _submit(self, spec: TensorSpec, num_bytes: int, work: Callable[[], Any]) -> Future[Any]:
+    def _submit(self, tensor: str, num_bytes: int, work: Callable[[], Any]) -> Future[Any]:
         self._slots.acquire()
         if self._failure is not None:
             raise self._failure
-        future = self._workers.submit(self._run, spec, num_bytes, work)
+        future = self._workers.submit(self._run, tensor, num_bytes, work)
         future.add_done_callback(lambda _: self._slots.release())
         return future
 
-    def _run(self, spec: TensorSpec, num_bytes: int, work: Callable[[], Any]) -> Any:
+    def _run(self, tensor: str, num_bytes: int, work: Callable[[], Any]) -> Any:
         if self._failure is not None:
             raise self._failure
         try:
@@ -158,7 +164,7 @@ class _Engine:
             with self._lock:
                 self._done += num_bytes
                 if self._on_progress is not None:
-                    self._on_progress(Progress(self._done, self._total, spec.name))
+                    self._on_progress(Progress(self._done, self._total, tensor))
         except BaseException as error:
             self._failure = self._failure or error
             raise
@@ -193,12 +199,33 @@ class _Engine:
         if start == 0:
             self._store_once(member, scheme, writer, shared)
 
+    def _repack(self, member: Member, start: int, end: int, scheme: Scheme, writer: ShardWriter) -> None:
+        """Store the codes and scales that the source has."""
+        weight = member.weight
+        stored: dict[str, Tensor] = {}
+        for row, _, stored in self._stored_blocks(weight, start, end, scheme):
+            try:
+                repacked = weight.format.repack(stored, weight.shape[1], scheme)
+            except CheckpointError as error:
+                raise CheckpointError(f"{weight.name}: {error}") from None
+            self._store(member, writer, row, repacked, scheme)
+        if start == 0:
+            self._store_once(member, scheme, writer, weight.format.shared(stored) if scheme.shares_amax else None)
+
+    def _share_already(self, step: Encode) -> bool:
+        """Whether the members of a step share in the source what their scheme wants them to share."""
+        if not step.scheme.shares_amax:
+            return True
+        weights = [member.weight for member in step.members]
+        shared = [weight.format.shared(weight.read_whole(self._source)) for weight in weights]
+        return all(torch.equal(other, shared[0]) for other in shared)
+
     def _encode_kept(self, step: Encode, writer: ShardWriter) -> None:
         """Read all members, find what they share, encode them from memory."""
         scheme = step.scheme
         kept = []
         for member in step.members:
-            for row, weight_NK in self._blocks(member, 0, member.source.shape[0], scheme, reuse=False):
+            for row, weight_NK in self._blocks(member, 0, member.weight.shape[0], scheme, reuse=False):
                 kept.append((member, row, *self._observe(weight_NK, member, scheme)))
         shared = self._share(step, [_largest([bounds_BRC for *_, bounds_BRC in kept])])
         for member, row, weight_NK, bounds_BRC in kept:
@@ -208,22 +235,36 @@ class _Engine:
 
     def _blocks(self, member: Member, start: int, end: int, scheme: Scheme, *, reuse: bool = True) -> Iterator[tuple[int, Tensor]]:
         """(first row, weight_NK on the device) for blocks of the rows start..end. With `reuse` a block overwrites the one before."""
-        spec = member.source
-        num_columns = spec.shape[1]
-        row_bytes = spec.num_bytes // spec.shape[0]
-        blocks = row_blocks(end - start, num_columns, row_multiple=scheme.row_multiple, max_elements=self._memory.block_elements)
-        for block_start, block_end in blocks:
-            num_bytes = (block_end - block_start) * row_bytes
-            buffer = self._buffer(num_bytes) if reuse else torch.empty(num_bytes, dtype=torch.uint8)
-            self._source.read(spec.file, spec.start + (start + block_start) * row_bytes, buffer.numpy().data)
-            weight_NK = buffer.view(TORCH_DTYPES[spec.dtype]).view(-1, num_columns)
-            yield start + block_start, weight_NK.to(self._device)
+        weight = member.weight
+        for row, _, stored in self._stored_blocks(weight, start, end, scheme, reuse=reuse):
+            yield row, weight.decode({role: tensor.to(self._device) for role, tensor in stored.items()})
 
-    def _buffer(self, num_bytes: int) -> Tensor:
+    def _stored_blocks(
+        self, weight: Weight, start: int, end: int, scheme: Scheme, *, reuse: bool = True
+    ) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+        """(first row, end, what the source has of it) for blocks of the rows start..end."""
+        multiple, num_columns = row_multiple(weight, scheme), weight.shape[1]
+        # Several tensors, or strided ones, are read more at a time than is decoded: a line of theirs would be a few bytes.
+        read_elements = self._memory.block_elements
+        if not weight.is_plain:
+            read_elements = self._memory.read_bytes * weight.num_elements // max(weight.num_bytes, 1)
+        for read_start, read_end in row_blocks(end - start, num_columns, row_multiple=multiple, max_elements=read_elements):
+            read_start, read_end = start + read_start, start + read_end
+            stored = weight.read(self._source, read_start, read_end, self._buffer if reuse else new_memory)
+            if weight.is_plain:
+                yield read_start, read_end, stored
+                continue
+            blocks = row_blocks(read_end - read_start, num_columns, row_multiple=multiple, max_elements=self._memory.block_elements)
+            for block_start, block_end in blocks:
+                rows = (read_start + block_start, read_start + block_end)
+                yield *rows, weight.select(stored, *rows, of_start=read_start)
+
+    def _buffer(self, role: str, num_bytes: int) -> Tensor:
         """Memory of this worker, used again and again."""
-        buffer: Tensor | None = getattr(self._buffers, "buffer", None)
+        buffer: Tensor | None = getattr(self._buffers, role, None)
         if buffer is None or len(buffer) < num_bytes:
-            buffer = self._buffers.buffer = torch.empty(num_bytes, dtype=torch.uint8)
+            buffer = torch.empty(num_bytes, dtype=torch.uint8)
+            setattr(self._buffers, role, buffer)
         return buffer[:num_bytes]
 
     def _observe(self, weight_NK: Tensor, member: Member, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -231,7 +272,7 @@ class _Engine:
         bounds_BRC = scheme.observe(weight_NK)
         if bool(bounds_BRC.isfinite().all()):
             return weight_NK, bounds_BRC
-        name = member.source.name
+        name = member.weight.name
         if not self._allow_nonfinite:
             raise CheckpointError(f"{name} holds NaN or infinite weights; --allow-nonfinite stores them as zeros")
         self.nonfinite.add(name)
@@ -240,7 +281,7 @@ class _Engine:
 
     def _share(self, step: Encode, amaxes: Sequence[Tensor]) -> Tensor:
         amax = torch.stack(list(amaxes)).amax(0)
-        return step.scheme.share(amax, TORCH_DTYPES[step.sources[0].dtype]).to(self._device)
+        return step.scheme.share(amax, TORCH_DTYPES[step.members[0].weight.dtype]).to(self._device)
 
     def _store(self, member: Member, writer: ShardWriter, row: int, stored: Mapping[str, Tensor], scheme: Scheme) -> None:
         for suffix, tensor in stored.items():
@@ -249,8 +290,7 @@ class _Engine:
             writer.write(spec.start + scheme.line(suffix, row) * line_bytes, _bytes(tensor))
 
     def _store_once(self, member: Member, scheme: Scheme, writer: ShardWriter, shared: Tensor | None) -> None:
-        num_rows, num_columns = member.source.shape
-        once = scheme.once((num_rows, num_columns), TORCH_DTYPES[member.source.dtype], shared)
+        once = scheme.once(member.weight.shape, TORCH_DTYPES[member.weight.dtype], shared)
         self._store(member, writer, 0, once, scheme)
 
 

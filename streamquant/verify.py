@@ -5,7 +5,6 @@ Streams: a block of rows at a time. The safetensors library, which shares no cod
 
 import math
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,15 +14,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from streamquant.checkpoint.header import TensorSpec, parse_object
-from streamquant.checkpoint.source import INDEX_NAME, Checkpoint, LocalSource, read_checkpoint
+from streamquant.checkpoint.source import INDEX_NAME, Checkpoint, LocalSource, Source, read_checkpoint
 from streamquant.errors import CheckpointError, RequestError
+from streamquant.inputs import Inventory, Stack, Weight, find_weights, read_tensor
+from streamquant.stored import stored_tensors
 from streamquant.memory import BLOCK_ELEMENTS, COPY_BYTES, row_blocks
-from streamquant.names import EMBEDDING, WEIGHT_SUFFIX, ModelFacts, fused_groups, is_stored_quantized, module_name, reason_to_keep
-from streamquant.plan import QUANTIZABLE, TORCH_DTYPES, stored_tensors
+from streamquant.names import EMBEDDING, ModelFacts, fused_groups, reason_to_keep
 from streamquant.quantization_config import quantized_modules
 from streamquant.schemes import Scheme
 
 SCALE_SUFFIXES = {"weight_scale", "weight_scale_inv", "weight_global_scale"}
+CODE_DTYPES = {"F8_E4M3", "I8", "U8", "I32"}  # that mean nothing without a scale
 E8M0_NAN = 255
 WORSE_THAN_ZEROS = 1.0
 
@@ -54,17 +55,6 @@ class Verification:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """A quantized weight as found in the output."""
-
-    module: str
-    scheme: Scheme
-    shape: tuple[int, int]
-    dtype: str  # of the weight it was made from, as far as its scale tells
-    tensors: Mapping[str, TensorSpec]  # by the last part of the name
-
-
 def verify(
     out: str | os.PathLike[str],
     *,
@@ -81,23 +71,30 @@ def verify(
             checkpoint = read_checkpoint(source)
         except CheckpointError as error:
             return Verification(str(out), [str(error)])
-        config = (checkpoint.config or {}).get("quantization_config")
-        if not isinstance(config, dict):
-            raise RequestError(f"{out} has no quantization_config in its config.json: not a quantized checkpoint, or an unfinished one")
+        if checkpoint.config is None:
+            raise RequestError(f"{out} has no config.json: not a finished output")
+        config = checkpoint.config.get("quantization_config")
         try:
-            scheme_of = quantized_modules(config)
+            scheme_of = quantized_modules(config) if isinstance(config, dict) else _nothing
         except CheckpointError as error:
             return Verification(str(out), [str(error)])
-        stored, problems = _inventory(checkpoint, source, scheme_of)
-        problems = _container_problems(checkpoint, source) + problems
+        inventory = find_weights(checkpoint, source)
+        stored = {weight.module: weight for weight in inventory.weights if weight.is_quantized}
+        problems = [*_container_problems(checkpoint, source), *inventory.problems, *_config_problems(checkpoint, inventory, scheme_of)]
         for weight in stored.values():
             problems += _scale_problems(weight, source)
-        problems += _fused_problems(stored, source)
+        problems += _fused_problems(stored, scheme_of, source)
         report = Verification(str(out), problems, len(checkpoint.tensors), len(stored))
         if against is None:
             return report
         with LocalSource(against) as original:
-            return _compare(report, checkpoint, source, stored, original, on_progress)
+            return _compare(report, inventory, source, original, on_progress)
+
+
+def _nothing(module: str) -> Scheme | None:
+    """The scheme of each module where nothing is quantized."""
+    del module
+    return None
 
 
 # --- the container ---------------------------------------------------------------------------------------------------
@@ -132,82 +129,52 @@ def _container_problems(checkpoint: Checkpoint, source: LocalSource) -> list[str
 # --- which weights are quantized, and whether they look it ------------------------------------------------------------
 
 
-def _inventory(
-    checkpoint: Checkpoint, source: LocalSource, scheme_of: Callable[[str], Scheme | None]
-) -> tuple[dict[str, _Stored], list[str]]:
-    """The quantized weights that are stored as their scheme wants it, and a line for each that is not."""
-    parts: defaultdict[str, dict[str, TensorSpec]] = defaultdict(dict)
-    dense: dict[str, TensorSpec] = {}
-    for name, spec in checkpoint.tensors.items():
-        module, _, suffix = name.rpartition(".")
-        if is_stored_quantized(name, spec.dtype):
-            parts[module][suffix] = spec
-        elif name.endswith(WEIGHT_SUFFIX) and len(spec.shape) == 2:
-            dense[module] = spec
-    problems = []
-    stored = {}
-    for module, tensors in parts.items():
-        if module in dense:
-            tensors["weight"] = dense.pop(module)
-        scheme = scheme_of(module)
-        if scheme is None:
-            problems.append(f"{module} is stored quantized, but quantization_config leaves it alone")
-            continue
-        weight = _stored_weight(module, scheme, tensors, source)
-        if isinstance(weight, str):
-            problems.append(weight)
-        else:
-            stored[module] = weight
+def _config_problems(checkpoint: Checkpoint, inventory: Inventory, scheme_of: Callable[[str], Scheme | None]) -> list[str]:
+    """Where the config and the tensors disagree."""
     facts = ModelFacts.from_config(checkpoint.config)
-    for module, spec in dense.items():
-        scheme = scheme_of(module)
-        if scheme is not None and reason_to_keep(module, spec.shape[0], facts) != EMBEDDING:
-            problems.append(f"{module} is stored as {spec.dtype}, but quantization_config says {scheme.preset}")
-    return stored, problems
+    problems = []
+    for weight in inventory.weights:
+        module, scheme = weight.module, scheme_of(weight.module)
+        if not weight.is_quantized:
+            if scheme is not None and reason_to_keep(module, weight.shape[0], facts) != EMBEDDING:
+                problems.append(f"{module} is stored as {weight.dtype}, but quantization_config says {scheme.preset}")
+            elif weight.dtype in CODE_DTYPES:
+                problems.append(f"{module} is stored as {weight.dtype} and has no scale")
+        elif scheme is None:
+            problems.append(f"{module} is stored quantized, but quantization_config leaves it alone")
+        else:
+            problems += _layout_problems(weight, scheme)
+    return problems
 
 
-def _stored_weight(module: str, scheme: Scheme, tensors: dict[str, TensorSpec], source: LocalSource) -> _Stored | str:
-    shape = _weight_shape(tensors, source)
-    if shape is None:
-        return f"{module}: {', '.join(sorted(tensors))} do not make up a weight of {scheme.format}"
-    scale = tensors.get("weight_scale")
-    dtype = scale.dtype if scale is not None and scale.dtype in QUANTIZABLE else "BF16"
+def _layout_problems(weight: Weight, scheme: Scheme) -> list[str]:
+    """Where the tensors of a quantized weight are not those that its scheme stores."""
+    scale_dtypes = {spec.dtype for spec in weight.tensors.values()} & {"BF16", "F16"}
+    dtype = next(iter(scale_dtypes), weight.dtype)
     try:
-        expected = {suffix: (dtype_, shape_) for suffix, dtype_, shape_ in stored_tensors(scheme, shape, dtype)}
+        expected = {suffix: (dtype_, shape) for suffix, dtype_, shape in stored_tensors(scheme, weight.shape, dtype)}
     except RequestError:  # its groups do not divide this shape
-        return f"{module} of shape {list(shape)} cannot be stored as {scheme.preset}"
-    found = {suffix: (spec.dtype, spec.shape) for suffix, spec in tensors.items()}
-    if found != expected:
-        wrong = sorted(suffix for suffix in found.keys() | expected.keys() if found.get(suffix) != expected.get(suffix))
-        said = ", ".join(f"{suffix} is {_said(found.get(suffix))}, should be {_said(expected.get(suffix))}" for suffix in wrong)
-        return f"{module}: {said}"
-    return _Stored(module, scheme, shape, dtype, tensors)
+        return [f"{weight.module} of shape {list(weight.shape)} cannot be stored as {scheme.preset}"]
+    found = {spec.name.rpartition(".")[2]: (spec.dtype, spec.shape) for spec in weight.tensors.values()}
+    wrong = sorted(suffix for suffix in found.keys() | expected.keys() if found.get(suffix) != expected.get(suffix))
+    said = ", ".join(f"{suffix} is {_said(found.get(suffix))}, should be {_said(expected.get(suffix))}" for suffix in wrong)
+    return [f"{weight.module}: {said}"] if wrong else []
 
 
 def _said(what: tuple[str, tuple[int, ...]] | None) -> str:
     return "missing" if what is None else f"{what[0]} {list(what[1])}"
 
 
-def _weight_shape(tensors: Mapping[str, TensorSpec], source: LocalSource) -> tuple[int, int] | None:
-    """Rows and columns of the weight, from the tensor that holds its codes."""
-    codes = tensors.get("weight_packed") or tensors.get("weight")
-    if codes is None or len(codes.shape) != 2:
-        return None
-    if codes.dtype == "I32":
-        spec = tensors.get("weight_shape")
-        if spec is None or spec.num_bytes != 16:
-            return None
-        num_rows, num_columns = _read(source, spec).tolist()
-        return (num_rows, num_columns) if num_rows == codes.shape[0] and num_columns > 0 else None
-    return codes.shape[0], codes.shape[1] * (2 if codes.dtype == "U8" else 1)
-
-
-def _scale_problems(weight: _Stored, source: LocalSource) -> list[str]:
+def _scale_problems(weight: Weight, source: Source) -> list[str]:
     problems = []
-    for suffix in SCALE_SUFFIXES & weight.tensors.keys():
-        spec = weight.tensors[suffix]
+    for spec in weight.tensors.values():
+        suffix = spec.name.rpartition(".")[2]
+        if suffix == "weight_shape" and tuple(read_tensor(source, spec).tolist()) != weight.shape:
+            problems.append(f"{spec.name} is not {list(weight.shape)}")
+        if suffix not in SCALE_SUFFIXES:
+            continue
         for start in range(0, spec.num_bytes, COPY_BYTES):
-            scale = _read(source, spec, start, min(start + COPY_BYTES, spec.num_bytes))
+            scale = read_tensor(source, spec, start, min(start + COPY_BYTES, spec.num_bytes))
             bad = (scale == E8M0_NAN) if scale.dtype == torch.uint8 else ~(scale.float().isfinite() & (scale.float() > 0))
             if bool(bad.any()):
                 problems.append(f"{spec.name} holds {int(bad.sum())} scales that are not finite and positive")
@@ -215,17 +182,16 @@ def _scale_problems(weight: _Stored, source: LocalSource) -> list[str]:
     return problems
 
 
-def _fused_problems(stored: Mapping[str, _Stored], source: LocalSource) -> list[str]:
+def _fused_problems(stored: Mapping[str, Weight], scheme_of: Callable[[str], Scheme | None], source: Source) -> list[str]:
     problems = []
     for modules in fused_groups((module, weight.shape[1]) for module, weight in stored.items()):
-        members = [stored[module] for module in modules]
-        if any(member.scheme != members[0].scheme for member in members):
+        schemes = [scheme_of(module) for module in modules]
+        if any(scheme != schemes[0] for scheme in schemes):
             problems.append(f"{', '.join(modules)} are loaded as one weight and have different schemes")
-        elif members[0].scheme.shares_amax:
-            suffix = "weight_global_scale" if "weight_global_scale" in members[0].tensors else "weight_scale"
-            scales = {float(_read(source, member.tensors[suffix])) for member in members}
-            if len(scales) > 1:
-                problems.append(f"{', '.join(modules)} are loaded as one weight and differ in {suffix}: {sorted(scales)}")
+        elif schemes[0] is not None and schemes[0].shares_amax:
+            shared = {float(stored[module].format.shared(stored[module].read_whole(source))) for module in modules}
+            if len(shared) > 1:
+                problems.append(f"{', '.join(modules)} are loaded as one weight and differ in the scale they share: {sorted(shared)}")
     return problems
 
 
@@ -233,109 +199,107 @@ def _fused_problems(stored: Mapping[str, _Stored], source: LocalSource) -> list[
 
 
 def _compare(
-    report: Verification,
-    checkpoint: Checkpoint,
-    source: LocalSource,
-    stored: Mapping[str, _Stored],
-    original: LocalSource,
-    on_progress: Callable[[str], None] | None,
+    report: Verification, inventory: Inventory, source: Source, original: LocalSource, on_progress: Callable[[str], None] | None
 ) -> Verification:
-    originals = read_checkpoint(original).tensors
-    problems, errors, num_copied = list(report.problems), [], 0
-    accounted: set[str] = set()
-    for name, spec in originals.items():
+    originals = find_weights(read_checkpoint(original), original)
+    plain_stacks = _plain_stacks(inventory) & _plain_stacks(originals)
+    written = _apart(inventory, plain_stacks)
+    problems, errors, num_copied = [*report.problems, *originals.problems], [], 0
+    for name, theirs in _apart(originals, plain_stacks).items():
         if on_progress is not None:
             on_progress(name)
-        weight = stored.get(module_name(name)) if name.endswith(WEIGHT_SUFFIX) else None
-        copied = checkpoint.tensors.get(name)
-        if weight is not None:
-            accounted.update(tensor.name for tensor in weight.tensors.values())
-            if spec.shape != weight.shape:
-                problems.append(f"{name} has shape {list(weight.shape)}, its source {list(spec.shape)}")
-                continue
-            error = _weight_error(weight, source, spec, original)
+        ours = written.pop(name, None)
+        if ours is None:
+            problems.append(f"{name} of the source is missing")
+        elif ours.is_plain and theirs.is_plain and theirs.dtype == ours.dtype:
+            num_copied += 1
+            if not _same_bytes(ours.tensors["weight"], source, theirs.tensors["weight"], original):
+                problems.append(f"{name} is neither quantized nor the same as in the source")
+        elif ours.shape != theirs.shape:
+            problems.append(f"{name} has shape {list(ours.shape)}, its source {list(theirs.shape)}")
+        else:
+            error = _weight_error(ours, source, theirs, original)
             errors.append(error)
             if not error.relative_error < WORSE_THAN_ZEROS:
                 problems.append(f"{name} dequantizes with a relative error of {error.relative_error:.3g}: zeros would be closer")
-        elif copied is None:
-            problems.append(f"{name} of the source is missing")
-        else:
-            accounted.add(name)
-            num_copied += 1
-            if (copied.dtype, copied.shape) != (spec.dtype, spec.shape) or not _same_bytes(copied, source, spec, original):
-                problems.append(f"{name} is neither quantized nor the same as in the source")
-    problems += [f"{name} stems from no tensor of the source" for name in checkpoint.tensors if name not in accounted]
+    problems += [f"{name} stems from no tensor of the source" for name in written]
     return Verification(report.out, problems, report.num_tensors, report.num_quantized, num_copied, errors)
 
 
-def _weight_error(weight: _Stored, source: LocalSource, spec: TensorSpec, original: LocalSource) -> TensorError:
+def _plain_stacks(inventory: Inventory) -> set[str]:
+    """Names of the stacks that are plain 3-D tensors."""
+    return {item.name for item in inventory.items if isinstance(item, Stack) and not item.whole}
+
+
+def _apart(inventory: Inventory, together: set[str]) -> dict[str, Weight]:
+    """Everything by name, tensors that are no matrix as one column, stacks in single experts but for those `together`."""
+    parts = []
+    for item in inventory.items:
+        if isinstance(item, Weight):
+            parts.append(item)
+        elif isinstance(item, TensorSpec):
+            parts.append(_column(item))
+        elif item.name in together:
+            parts += map(_column, item.tensors)
+        else:
+            parts += [*item.weights, *item.biases]
+    return {part.name: part for part in parts}
+
+
+def _column(spec: TensorSpec) -> Weight:
+    return Weight(spec.name, spec.dtype, (spec.num_elements, 1), {"weight": spec})
+
+
+def _weight_error(ours: Weight, source: Source, original: Weight, original_source: Source) -> TensorError:
     noise = signal = 0.0
-    once = _stored_once(weight, source)
-    for start, end in _blocks(weight):
-        original_NK = _read_rows(original, spec, start, end).double()
-        difference_NK = _decode(weight, source, once, start, end).double() - original_NK
+    for start, end in _blocks(ours, original):
+        original_NK = original.decode(original.read(original_source, start, end)).double()
+        difference_NK = ours.format.decode(ours.read(source, start, end), ours.shape[1]).double() - original_NK
         noise += float(difference_NK.square().sum())
         signal += float(original_NK.square().sum())
     relative = math.sqrt(noise / signal) if signal else math.inf if noise else 0.0
     sqnr = -20 * math.log10(relative) if 0 < relative < math.inf else None
-    return TensorError(spec.name, weight.scheme.preset, relative, sqnr)
+    return TensorError(ours.name, ours.format.title, relative, sqnr)
 
 
-def _blocks(weight: _Stored) -> Iterator[tuple[int, int]]:
-    return row_blocks(*weight.shape, row_multiple=weight.scheme.row_multiple, max_elements=BLOCK_ELEMENTS)
+def _blocks(*weights: Weight) -> Iterator[tuple[int, int]]:
+    multiple = math.lcm(*(weight.format.row_multiple for weight in weights))
+    return row_blocks(*weights[0].shape, row_multiple=multiple, max_elements=BLOCK_ELEMENTS)
 
 
-def _stored_once(weight: _Stored, source: LocalSource) -> dict[str, Tensor]:
-    once = weight.scheme.once(weight.shape, TORCH_DTYPES[weight.dtype], torch.ones(1) if weight.scheme.shares_amax else None)
-    return {suffix: _read(source, weight.tensors[suffix]) for suffix in once}
-
-
-def _decode(weight: _Stored, source: LocalSource, once: Mapping[str, Tensor], start: int, end: int) -> Tensor:
-    """The rows start..end, float32 [rows, K]."""
-    by_rows = {
-        suffix: _read_rows(source, spec, weight.scheme.line(suffix, start), weight.scheme.line(suffix, end))
-        for suffix, spec in weight.tensors.items()
-        if suffix not in once
-    }
-    return weight.scheme.decode({**by_rows, **once}, weight.shape[1])
-
-
-def _same_bytes(copied: TensorSpec, source: LocalSource, spec: TensorSpec, original: LocalSource) -> bool:
-    for start in range(0, spec.num_bytes, COPY_BYTES):
-        count = min(COPY_BYTES, spec.num_bytes - start)
-        ours, theirs = bytearray(count), bytearray(count)
-        source.read(copied.file, copied.start + start, memoryview(ours))
-        original.read(spec.file, spec.start + start, memoryview(theirs))
-        if ours != theirs:
+def _same_bytes(ours: TensorSpec, source: Source, theirs: TensorSpec, original: Source) -> bool:
+    if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+        return False
+    for start in range(0, theirs.num_bytes, COPY_BYTES):
+        count = min(COPY_BYTES, theirs.num_bytes - start)
+        our_bytes, their_bytes = bytearray(count), bytearray(count)
+        source.read(ours.file, ours.start + start, memoryview(our_bytes))
+        original.read(theirs.file, theirs.start + start, memoryview(their_bytes))
+        if our_bytes != their_bytes:
             return False
     return True
 
 
-def _read(source: LocalSource, spec: TensorSpec, start: int = 0, end: int | None = None) -> Tensor:
-    """The bytes start..end of a tensor, flat, in its dtype."""
-    buffer = torch.empty((spec.num_bytes if end is None else end) - start, dtype=torch.uint8)
-    source.read(spec.file, spec.start + start, buffer.numpy().data)
-    return buffer.view(TORCH_DTYPES[spec.dtype])
-
-
-def _read_rows(source: LocalSource, spec: TensorSpec, start: int, end: int) -> Tensor:
-    """The lines start..end of a tensor."""
-    line_bytes = spec.num_bytes // spec.shape[0]
-    return _read(source, spec, start * line_bytes, end * line_bytes).view(-1, *spec.shape[1:])
-
-
 def dequantize(out: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
-    """(name, weight) for every tensor of a quantized checkpoint, one at a time: quantized ones as float32, others as they are."""
+    """(name, tensor) for everything in a checkpoint, one at a time: matrices as float32 if quantized, the rest as it is."""
     with LocalSource(out) as source:
-        checkpoint = read_checkpoint(source)
-        config = (checkpoint.config or {}).get("quantization_config") or {}
-        stored, problems = _inventory(checkpoint, source, quantized_modules(config))
-        if problems:
-            raise CheckpointError(f"{out}: {problems[0]}")
-        parts = {spec.name for weight in stored.values() for spec in weight.tensors.values()}
-        for weight in stored.values():
-            once = _stored_once(weight, source)
-            yield f"{weight.module}{WEIGHT_SUFFIX}", torch.cat([_decode(weight, source, once, *rows) for rows in _blocks(weight)])
-        for name, spec in checkpoint.tensors.items():
-            if name not in parts:
-                yield name, _read(source, spec).view(spec.shape)
+        inventory = find_weights(read_checkpoint(source), source)
+        if inventory.problems:
+            raise CheckpointError(f"{out}: {inventory.problems[0]}")
+        for item in inventory.items:
+            if isinstance(item, Weight):
+                yield item.name, _decode(item, source)
+            elif isinstance(item, TensorSpec):
+                yield item.name, read_tensor(source, item).view(item.shape)
+            elif item.whole:
+                yield item.name, torch.stack([_decode(weight, source) for weight in item.whole])
+                for bias in item.biases[:1]:
+                    yield bias.tensors["weight"].name, read_tensor(source, bias.tensors["weight"]).view(bias.tensors["weight"].shape)
+            else:
+                for spec in item.tensors:
+                    yield spec.name, read_tensor(source, spec).view(spec.shape)
+
+
+def _decode(weight: Weight, source: Source) -> Tensor:
+    """All of a weight, float32 if it is quantized."""
+    return torch.cat([weight.format.decode(weight.read(source, *rows), weight.shape[1]) for rows in _blocks(weight)])

@@ -13,12 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from streamquant.schemes import fp8, integer, mx, nvfp4, observers, packing, scheme
+from streamquant.inputs import awq, compressed, gptq, modelopt, mxfp4
+from streamquant.inputs import fp8 as fp8_input
+from streamquant.inputs import weight as weight_input
+from streamquant.schemes import fp8, integer, mx, nvfp4, observers, packing, plain, scheme
 
 torch.set_num_threads(1)  # on a busy machine, torch's threads wait for each other longer than they work on small tensors
 
 DIMENSIONS = re.compile(r".*_([A-Z][A-Za-z]*)")
-MODULES: tuple[ModuleType, ...] = (fp8, integer, mx, nvfp4, observers, packing, scheme)
+MODULES: tuple[ModuleType, ...] = (
+    *(fp8, integer, mx, nvfp4, observers, packing, plain, scheme),
+    *(awq, compressed, fp8_input, gptq, modelopt, mxfp4, weight_input),
+)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -61,7 +61,7 @@ def test_quiet_is_quiet(tmp_path: Path) -> None:
         (["convert", "{tmp}/no", "{tmp}/out", "--scheme", "W4A16"], 3, "does not exist"),
         (["convert", "{tmp}", "{tmp}/out", "--scheme", "W4A16"], 3, "holds no .safetensors file"),
         (["convert", WIKI_LLAMA, "/proc/out", "--scheme", "W4A16"], 4, "/proc/out"),
-        (["verify", WIKI_LLAMA], 2, "no quantization_config"),
+        (["convert", WIKI_LLAMA, "{tmp}/out", "--scheme", "BF16"], 2, "is quantized, so nothing would be unpacked"),
         (["inspect", "pyproject.toml"], 3, "is not a .safetensors file"),
     ],
 )

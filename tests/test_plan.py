@@ -22,7 +22,13 @@ EXPERTS = "model.layers.0.mlp.experts"
 
 def fates(plan: Plan) -> dict[str, str]:
     """Source tensor -> scheme, or why it is kept."""
-    return {spec.name: step.reason if isinstance(step, Copy) else step.scheme.title for step in plan.steps for spec in step.sources}
+    found = {}
+    for step in plan.steps:
+        if isinstance(step, Copy):
+            found[step.source.name] = step.reason
+        else:
+            found |= {member.weight.name: step.scheme.title for member in step.members}
+    return found
 
 
 def groups(plan: Plan) -> list[list[str]]:
@@ -197,18 +203,31 @@ def test_a_block_with_fewer_rows_is_fine_below_its_partners(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("tensors", "config", "said"),
+    ("tensors", "said"),
     [
-        ({"m.layers.0.mlp.experts.gate_up_proj": weight(2, 64, 64)}, {}, "stacks experts in 3-D"),
-        ({"lm_head.weight": weight(64, 64).to(torch.float8_e4m3fn)}, {}, r"lm_head.weight \(F8_E4M3\) belongs to a weight that is already"),
-        ({"a.weight": weight(64, 64), "a.weight_scale_inv": weight(1, 1).float()}, {}, "a.weight_scale_inv .* already quantized"),
-        ({"a.weight": weight(64, 64)}, {"quantization_config": {"quant_method": "fp8"}}, r"already quantized \(fp8\)"),
-        ({"a.weight": weight(64, 64)}, {"text_config": {"quantization_config": {"quant_method": "gptq"}}}, r"already quantized \(gptq\)"),
+        (
+            {"m.layers.0.mlp.experts.gate_up_proj": weight(2, 64, 64)},
+            "in a layout that is not known for llama: state it with --expert-layout",
+        ),
+        ({"m.layers.0.mlp.experts.w13": weight(2, 64, 64)}, "in a layout that is not known for llama"),
+        (
+            {"a.weight": weight(64, 64), "a.weight_scale_inv": weight(1, 1).float()},
+            r"a: weight_scale_inv F32 \[1, 1\] do not make up a weight",
+        ),
+        ({"a.weight": torch.zeros(64, 1, dtype=torch.uint8), "a.weight.absmax": weight(1)}, "quantized by bitsandbytes, which is not read"),
     ],
 )
-def test_sources_that_are_not_supported_are_refused(tmp_path: Path, tensors: dict[str, Tensor], config: dict[str, Any], said: str) -> None:
+def test_sources_that_are_not_supported_are_refused(tmp_path: Path, tensors: dict[str, Tensor], said: str) -> None:
     with pytest.raises(CheckpointError, match=said):
-        streamquant.plan(write_checkpoint(tmp_path / "source", tensors, config=config), scheme="FP8_DYNAMIC")
+        streamquant.plan(write_checkpoint(tmp_path / "source", tensors), scheme="FP8_DYNAMIC")
+
+
+def test_codes_without_a_scale_are_kept_only_if_asked_for(tmp_path: Path) -> None:
+    tensors = attention() | {"a.weight": weight(64, 64).to(torch.float8_e4m3fn)}
+    source = write_checkpoint(tmp_path / "source", tensors)
+    with pytest.raises(RequestError, match=r"a.weight is F8_E4M3; only BF16, F16, F32 can be quantized .*--ignore 'a'"):
+        streamquant.plan(source, scheme="FP8_DYNAMIC")
+    assert fates(streamquant.plan(source, scheme="FP8_DYNAMIC", ignore=["a"]))["a.weight"] == "asked for by --ignore a"
 
 
 def test_the_plan_as_json_names_every_byte_and_depends_on_nothing_else(moe: Path) -> None:

@@ -236,7 +236,7 @@ REFUSED = [
     ({"preset": "W4A17"}, "unknown scheme 'W4A17'; known are FP8_DYNAMIC"),
     ({"preset": "FP8"}, "calibration data; without data use FP8_DYNAMIC"),
     ({"preset": "nvfp4"}, "calibration data; without data use NVFP4A16"),
-    ({"preset": "W4A16", "observer": "percentile"}, "unknown observer 'percentile'; known are minmax, mse"),
+    ({"preset": "W4A16", "observer": "percentile"}, "unknown observer 'percentile'; known are minmax, power_of_two, mse"),
     ({"preset": "W4A16", "observer": "nvfp4_expanded_mse"}, "made for NVFP4; for W4A16 use mse"),
     ({"preset": "MXFP4", "observer": "nvfp4_expanded_mse"}, "made for NVFP4; for MXFP4 use mse"),
     ({"preset": "W4A16", "format": "gguf"}, "unknown format 'gguf'; known are compressed-tensors, fp8"),

@@ -59,16 +59,36 @@ Change = Callable[[dict[str, Tensor]], object]
 @pytest.mark.parametrize(
     ("scheme", "change", "said"),
     [
-        ("W4A16", lambda t: t.pop(f"{PREFIX}.q_proj.weight_scale"), "q_proj: weight_scale is missing"),
-        ("W4A16", lambda t: t.pop(f"{PREFIX}.q_proj.weight_packed"), "q_proj: weight_scale, weight_shape do not make up a weight"),
-        ("W4A16", lambda t: t.update({f"{PREFIX}.q_proj.weight": weight(128, 128)}), "q_proj: weight is BF16"),
+        (
+            "W4A16",
+            lambda t: t.pop(f"{PREFIX}.q_proj.weight_scale"),
+            "q_proj: weight_packed I32 [128, 16], weight_shape I64 [2] do not make up a weight",
+        ),
+        (
+            "W4A16",
+            lambda t: t.pop(f"{PREFIX}.q_proj.weight_packed"),
+            "q_proj: weight_scale BF16 [128, 1], weight_shape I64 [2] do not make up a weight",
+        ),
+        (
+            "W4A16",
+            lambda t: t.update({f"{PREFIX}.q_proj.weight": weight(128, 128)}),
+            "q_proj is stored both as weight and as weight_packed",
+        ),
         ("W4A16", lambda t: t[f"{PREFIX}.q_proj.weight_scale"].fill_(0), "q_proj.weight_scale holds 128 scales that are not finite"),
         ("W4A16", lambda t: t[f"{PREFIX}.q_proj.weight_scale"][5].fill_(float("nan")), "q_proj.weight_scale holds 1 scales"),
         ("FP8_BLOCK", lambda t: t[f"{PREFIX}.q_proj.weight_scale"].neg_(), "q_proj.weight_scale holds 1 scales"),
         ("MXFP4", lambda t: t[f"{PREFIX}.q_proj.weight_scale"][0].fill_(255), "q_proj.weight_scale holds 4 scales"),
-        ("NVFP4A16", lambda t: t[f"{PREFIX}.q_proj.weight_global_scale"].mul_(2), "differ in weight_global_scale"),
-        ("FP8_DYNAMIC", lambda t: t.update({f"{PREFIX}.q_proj.weight": weight(128, 128)}), "q_proj: weight is BF16"),
-        ("W8A8", lambda t: t.update({"model.layers.0.mlp.gate.weight": t["model.layers.0.mlp.gate.weight"].char()}), "leaves it alone"),
+        ("NVFP4A16", lambda t: t[f"{PREFIX}.q_proj.weight_global_scale"].mul_(2), "differ in the scale they share"),
+        (
+            "FP8_DYNAMIC",
+            lambda t: t.update({f"{PREFIX}.q_proj.weight": weight(128, 128)}),
+            "q_proj is stored as BF16, but quantization_config says",
+        ),
+        (
+            "W8A8",
+            lambda t: t.update({"model.layers.0.mlp.gate.weight": t["model.layers.0.mlp.gate.weight"].char()}),
+            "gate is stored as I8 and has no scale",
+        ),
         (
             "W8A8",
             lambda t: (t.pop(f"{PREFIX}.q_proj.weight_scale"), t.update({f"{PREFIX}.q_proj.weight": weight(128, 128)})),
@@ -77,7 +97,7 @@ Change = Callable[[dict[str, Tensor]], object]
         (
             "MXFP8",
             lambda t: t.update({f"{PREFIX}.q_proj.weight_scale": t[f"{PREFIX}.q_proj.weight_scale"].repeat(2, 1)}),
-            "weight_scale is U8",
+            "weight_scale U8 [256, 4] do not make up a weight",
         ),
     ],
 )
@@ -128,7 +148,8 @@ def test_damage_to_index_and_config_is_found(source: Path, tmp_path: Path) -> No
     assert "total_size is 1" in problems(index, lambda d: d["metadata"].update(total_size=1))
     assert "does not list model.norm.weight" in problems(index, lambda d: d["weight_map"].pop("model.norm.weight"))
     assert "is not in" in problems(index, lambda d: d["weight_map"].update({"a": "model.safetensors"}))
-    assert "leaves it alone" in problems("config.json", lambda d: d["quantization_config"]["ignore"].append(f"{PREFIX}.q_proj"))
+    ignored = problems("config.json", lambda d: d["quantization_config"]["ignore"].append(f"{PREFIX}.q_proj"))
+    assert "q_proj.weight_packed holds integers of how many bits? quantization_config in config.json has nothing for it" in ignored
     assert "stored as BF16" in problems("config.json", lambda d: d["quantization_config"]["ignore"].clear())
     assert "known are compressed-tensors" in problems("config.json", lambda d: d["quantization_config"].update(quant_method="gptq"))
 
@@ -145,8 +166,20 @@ def test_the_error_of_each_weight_is_that_of_its_dequantization(source: Path, go
         assert error.sqnr_db == pytest.approx(-20 * torch.tensor(relative).log10().item(), rel=1e-5)
 
 
-def test_a_folder_that_is_not_quantized_or_not_there_is_an_error(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="no quantization_config"):
-        streamquant.verify(source)
+def test_a_weight_that_the_config_leaves_alone_is_found(good: Callable[[str], Path], tmp_path: Path) -> None:
+    out = shutil.copytree(good("FP8_DYNAMIC"), tmp_path / "out")
+    edit(out, "config.json", lambda d: d["quantization_config"]["ignore"].append(f"{PREFIX}.q_proj"))
+    assert f"{PREFIX}.q_proj is stored quantized, but quantization_config leaves it alone" in streamquant.verify(out).problems
+
+
+def test_a_checkpoint_that_is_not_quantized_is_checked_as_well(source: Path, tmp_path: Path) -> None:
+    report = streamquant.verify(source, against=source)
+    assert (report.problems, report.num_quantized, report.num_copied) == ([], 0, report.num_tensors)
+
+
+def test_a_folder_that_is_not_finished_or_not_there_is_an_error(source: Path, tmp_path: Path) -> None:
+    (shutil.copytree(source, tmp_path / "unfinished") / "config.json").unlink()
+    with pytest.raises(RequestError, match=r"no config.json: not a finished output"):
+        streamquant.verify(tmp_path / "unfinished")
     with pytest.raises(CheckpointError, match="does not exist"):
         streamquant.verify(tmp_path / "nowhere")

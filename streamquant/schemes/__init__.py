@@ -12,15 +12,18 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.schemes.fp8 import Fp8, NativeFp8
 from streamquant.schemes.integer import ByteInt, PackedInt
 from streamquant.schemes.mx import MxFp4, MxFp8
 from streamquant.schemes.nvfp4 import NvFp4
 from streamquant.schemes.observers import OBSERVERS
+from streamquant.schemes.plain import Plain
 from streamquant.schemes.scheme import Activations, Scheme
 
-__all__ = ["FORMATS", "NATIVE_FP8", "SCHEMES", "Scheme", "find_scheme", "scheme_from_config"]
+__all__ = ["FORMATS", "NATIVE_FP8", "PLAIN", "SCHEMES", "Scheme", "find_scheme", "scheme_from_config"]
 
 FP8_TOKEN = Activations(num_bits=8, type="float", strategy="token")
 FP8_GROUP = Activations(num_bits=8, type="float", strategy="group", group_size=128)
@@ -51,6 +54,13 @@ SCHEMES: dict[str, Scheme] = {
     "MXFP8": MxFp8(preset="MXFP8", activations=MXFP8_GROUP),
 }
 
+# Not quantized: what quantized sources are unpacked to, by the dtype's name in a file and by that of the command line.
+PLAIN: dict[str, Plain] = {
+    "BF16": Plain(preset="BF16", dtype=torch.bfloat16),
+    "F16": Plain(preset="FP16", dtype=torch.float16),
+    "F32": Plain(preset="FP32", dtype=torch.float32),
+}
+
 NATIVE_FP8 = NativeFp8(preset="FP8_BLOCK", activations=FP8_GROUP)
 
 NEED_ACTIVATION_SCALES = {"FP8": "FP8_DYNAMIC", "NVFP4": "NVFP4A16"}
@@ -76,13 +86,15 @@ def find_scheme(
     if name in NEED_ACTIVATION_SCALES:
         instead = NEED_ACTIVATION_SCALES[name]
         raise RequestError(f"{name} stores activation scales, which take calibration data; without data use {instead}")
-    if name not in SCHEMES:
-        raise RequestError(f"unknown scheme {preset!r}; known are {', '.join(SCHEMES)}")
+    plain = {scheme.preset: scheme for scheme in PLAIN.values()}
+    known: dict[str, Scheme] = SCHEMES | plain
+    if name not in known:
+        raise RequestError(f"unknown scheme {preset!r}; known are {', '.join(known)}")
     if observer is not None and observer not in OBSERVERS:
         raise RequestError(f"unknown observer {observer!r}; known are {', '.join(OBSERVERS)}")
     if format not in FORMATS:
         raise RequestError(f"unknown format {format!r}; known are {', '.join(FORMATS)}")
-    scheme = SCHEMES[name]
+    scheme = known[name]
     if format == "fp8":
         if name != "FP8_BLOCK":
             raise RequestError(f"format fp8 stores FP8_BLOCK and no other scheme, not {name}")
@@ -99,9 +111,14 @@ def find_scheme(
         raise RequestError(f"a group size of {group_size} and strategy channel exclude each other")
     if observer == "nvfp4_expanded_mse" and not isinstance(scheme, NvFp4):
         raise RequestError(f"observer nvfp4_expanded_mse is made for NVFP4; for {name} use mse")
+    if observer not in {None, "minmax"} and isinstance(scheme, Plain):
+        raise RequestError(f"{name} has no scales, so no observer {observer}")
     if observer is not None:
         given["observer"] = observer
-    return dataclasses.replace(scheme, **given)  # type: ignore[arg-type]
+    found = dataclasses.replace(scheme, **given)  # type: ignore[arg-type]
+    if observer == "power_of_two":
+        _ = found.largest_code  # raises where scales are no powers of two, or always are
+    return found
 
 
 def scheme_from_config(format: str, weights: Mapping[str, Any], activations: Mapping[str, Any] | None) -> Scheme:

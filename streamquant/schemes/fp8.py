@@ -13,13 +13,14 @@ Legend: scheme.py.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from streamquant.errors import RequestError
+from streamquant.schemes.mx import MxFp4
 from streamquant.schemes.rounding import FP8_MAX, divide, round_to_e4m3
 from streamquant.schemes.scheme import Scales, Scheme, require_scale_dtype, round_scale
 
@@ -41,7 +42,7 @@ class Fp8(Scheme):
             allowed = {"tensor", "channel", "block"}
         if self.strategy not in allowed:
             raise RequestError(f"{self.preset} has strategy {' or '.join(sorted(allowed))}, not {self.strategy}")
-        if self.strategy == "tensor" and self.observer != "minmax":
+        if self.strategy == "tensor" and self.observer not in {"minmax", "power_of_two"}:
             raise RequestError(f"observer {self.observer} needs a scale per channel or block; {self.preset} here has one per tensor")
 
     @property
@@ -60,6 +61,15 @@ class Fp8(Scheme):
     @property
     def shares_amax(self) -> bool:
         return self.strategy == "tensor"
+
+    @property
+    def largest_code(self) -> float:
+        return FP8_MAX
+
+    def exact_for(self, source: Scheme | None) -> Scheme:
+        """Codes of MXFP4 times powers of two are codes of FP8, as long as exponents under one scale differ by no more than 14."""
+        exact = isinstance(source, MxFp4) and self.observer == "minmax"
+        return replace(self, observer="power_of_two") if exact else self
 
     @property
     def row_multiple(self) -> int:

@@ -12,14 +12,15 @@ Legend: scheme.py.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from streamquant.schemes.mx import MxFp4
 from streamquant.schemes.packing import pack_nibbles, unpack_nibbles
-from streamquant.schemes.rounding import FP4_MAX, FP8_MAX, divide, e2m1_nibble, e2m1_value, round_to_e2m1, round_to_e4m3
+from streamquant.schemes.rounding import FP4_MAX, FP8_MAX, divide, e2m1_nibble, e2m1_value, floor_power_of_two, round_to_e2m1, round_to_e4m3
 from streamquant.schemes.scheme import Scales, Scheme, round_scale
 
 GROUP = 16
@@ -42,16 +43,30 @@ class NvFp4(Scheme):
     def shares_amax(self) -> bool:
         return True
 
+    @property
+    def largest_code(self) -> float:
+        return FP4_MAX
+
+    def exact_for(self, source: Scheme | None) -> Scheme:
+        """The codes are those of MXFP4, and its scales fit if the exponents under one global scale differ by no more than 17."""
+        exact = isinstance(source, MxFp4) and self.observer == "minmax"
+        return replace(self, observer="power_of_two") if exact else self
+
     def unit(self, num_columns: int) -> tuple[int, int]:
         del num_columns
         return 1, GROUP
 
     def share(self, amax: Tensor, dtype: torch.dtype) -> Tensor:
-        """The inverse global scale 2688 / amax (2688 = 448 * 6), rounded twice to `dtype` as the peer does; 1 if it overflows."""
+        """The inverse global scale 2688 / amax (2688 = 448 * 6), rounded twice to `dtype` as the peer does; 1 if it overflows.
+
+        With scales that are powers of two it is one as well, the next below.
+        """
         dtype = _working_dtype(dtype)
         tiny = torch.finfo(dtype).tiny
         reciprocal = (1.0 / amax.clamp(min=tiny)).to(dtype).float()
         inv_scale = (reciprocal * (FP8_MAX * FP4_MAX)).to(dtype).float()
+        if self.observer == "power_of_two":
+            inv_scale = floor_power_of_two(inv_scale)
         return torch.where(inv_scale.isfinite(), inv_scale, 1.0)
 
     def once(self, shape: tuple[int, int], dtype: torch.dtype, shared: Tensor | None) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """Observers: the bounds of each unit from which its scale follows.
 
-`minmax` takes the extremes. The others try shrunken (or expanded) extremes and keep those with the least sum of
+`minmax` takes the extremes. `power_of_two` widens them until the scale is a power of two, which changes no value of a weight that
+was stored in MXFP4 and suits kernels that take e8m0 scales. The others try
+shrunken (or expanded) extremes and keep those with the least sum of
 |dequantized - weight| ** 2.4 over the unit. Grid, norm and defaults are llm-compressor's (`observers/mse.py`); two things differ
 on purpose: no early stop, which would make a unit's result depend on its neighbours, and the unchanged extremes are always among
 the candidates, so that a search is never worse than minmax under its own norm.
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from streamquant.schemes.rounding import power_2_4, tree_sum
+from streamquant.schemes.rounding import power_2_4, power_of_two_multiple, tree_sum
 
 if TYPE_CHECKING:
     from streamquant.schemes.scheme import Scheme
@@ -29,6 +31,7 @@ class SearchGrid(NamedTuple):
 
 OBSERVERS: dict[str, SearchGrid | None] = {
     "minmax": None,
+    "power_of_two": None,
     "mse": SearchGrid(shrink=0.20, steps=100.0),
     "nvfp4_expanded_mse": SearchGrid(shrink=1 - 0.8 / 1.8, steps=200.0, expand=1.8),
 }
@@ -37,6 +40,8 @@ OBSERVERS: dict[str, SearchGrid | None] = {
 def observe_units(scheme: "Scheme", weight_RaCb: Tensor) -> Tensor:
     """Bounds of each unit, float32 [B, R, C], by the scheme's observer. Not finite where a weight is not."""
     extremes_BRC = _extremes(weight_RaCb, symmetric=scheme.symmetric)
+    if scheme.observer == "power_of_two":
+        return power_of_two_multiple(extremes_BRC, scheme.largest_code)
     grid = OBSERVERS[scheme.observer]
     return extremes_BRC if grid is None else _search(scheme, weight_RaCb, extremes_BRC, grid)
 

@@ -4,6 +4,8 @@ Only operations that IEEE 754 defines exactly are used (+ - * /, comparison, rou
 vector width and every split of a tensor gives the same bits. Any shape; NaN is the caller's business.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,9 @@ FP8_MAX = 448.0  # e4m3fn
 FP4_MAX = 6.0  # e2m1
 
 MANTISSA_BITS = 23  # of float32
+MANTISSA_MASK = (1 << MANTISSA_BITS) - 1
 EXPONENT_MASK = 0x7F800000
+MAX_EXPONENT = 254
 QUARTER_BINADE = 1 << (MANTISSA_BITS - 2)  # moves a significand of 1.75 or more into the next binade
 
 
@@ -50,6 +54,20 @@ def e2m1_value(nibble: Tensor) -> Tensor:
     table = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=nibble.device)
     magnitude = table[(nibble & 7).long()]
     return torch.where(nibble >= 8, -magnitude, magnitude)
+
+
+def power_of_two_multiple(amax: Tensor, factor: float) -> Tensor:
+    """Magnitudes (float32, >= 0) -> the smallest `factor` times a power of two that is not below; 0 and what overflows stay."""
+    mantissa, exponent = math.frexp(factor)  # mantissa in [0.5, 1)
+    above = MANTISSA_MASK - int((2 * mantissa - 1) * (1 << MANTISSA_BITS))  # carries into the exponent what is larger than `factor`'s
+    power = ((amax.view(torch.int32) + above) >> MANTISSA_BITS) - (exponent - 1)
+    multiple = e8m0_value(power.clamp(0, MAX_EXPONENT)) * factor
+    return torch.where((amax > 0) & multiple.isfinite() & (power > 0) & (multiple >= amax), multiple, amax)
+
+
+def floor_power_of_two(value: Tensor) -> Tensor:
+    """Positive normal float32 numbers -> the largest power of two that is not above."""
+    return (value.view(torch.int32) & EXPONENT_MASK).view(torch.float32)
 
 
 def e8m0_exponent(amax: Tensor, max_exponent: int) -> Tensor:

@@ -108,6 +108,16 @@ class Scheme(ABC):
         return self
 
     @property
+    def largest_code(self) -> float:
+        """The magnitude that the scale of a unit maps its largest weight to, where scales can be powers of two."""
+        raise RequestError(f"observer {self.observer} is made for floating point codes with floating point scales, not for {self.preset}")
+
+    def exact_for(self, source: "Scheme | None") -> "Scheme":
+        """The scheme for weights that `source` stored: with settings under which it changes no value, where there are such."""
+        del source
+        return self
+
+    @property
     def shares_amax(self) -> bool:
         """Whether scales depend on the largest magnitude in the whole tensor, or in all tensors fused with it."""
         return False
@@ -160,7 +170,7 @@ class Scheme(ABC):
             bounds_BRC = self.observe(weight_NK)
         scales = self.scales(bounds_BRC, weight_NK.dtype, shared)
         code_RaCb = self.round_units(self.units(weight_NK).float(), scales)
-        return self.pack(self.join_units(code_RaCb, weight_NK.shape), scales)
+        return self.pack(join_units(code_RaCb, weight_NK.shape), scales)
 
     def encode_whole(self, weight_NK: Tensor) -> dict[str, Tensor]:
         """Quantize a weight that stands alone: every stored tensor, by the last part of its name."""
@@ -173,27 +183,17 @@ class Scheme(ABC):
     def decode(self, stored: Mapping[str, Tensor], num_columns: int) -> Tensor:
         """Dequantize a block of rows, given with the tensors written once: float32 [N, K], the product not rounded further."""
         code_NK, scales = self.unpack(stored, num_columns)
-        code_RaCb = self.units(code_NK)
-        if scales.zero_RC is not None:
-            code_RaCb = code_RaCb - scales.zero_RC[:, None, :, None]
-        return self.join_units(code_RaCb * scales.scale_RC[:, None, :, None], code_NK.shape)
+        return dequantize(code_NK, scales.scale_RC, zero_RC=scales.zero_RC, unit=self.unit(num_columns))
 
     def units(self, weight_NK: Tensor) -> Tensor:
         """The weight as [R, a, C, b]: a view, but where blocks at the edge are filled up with zeros.
 
         Raises RequestError if groups of columns do not divide it.
         """
-        unit_rows, unit_columns = self.unit(weight_NK.shape[1])
-        missing = (0, -weight_NK.shape[1] % unit_columns, 0, -weight_NK.shape[0] % unit_rows)
-        if unit_rows == 1 and any(missing):
-            raise RequestError(f"{weight_NK.shape[1]} columns are no multiple of {unit_columns}, which {self.preset} needs")
-        if any(missing):
-            weight_NK = F.pad(weight_NK, missing)
-        return weight_NK.view(-1, unit_rows, weight_NK.shape[1] // unit_columns, unit_columns)
-
-    def join_units(self, weight_RaCb: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse of `units`, for a weight of this shape."""
-        return weight_RaCb.flatten(2).flatten(0, 1)[: shape[0], : shape[1]]
+        unit = self.unit(weight_NK.shape[1])
+        if unit[0] == 1 and weight_NK.shape[1] % unit[1]:
+            raise RequestError(f"{weight_NK.shape[1]} columns are no multiple of {unit[1]}, which {self.preset} needs")
+        return cut_units(weight_NK, unit)
 
     def round_units(self, weight_RaCb: Tensor, scales: Scales) -> Tensor:
         """The code of each element. The quotient stays in float32 and is rounded once."""
@@ -206,6 +206,27 @@ class Scheme(ABC):
         if scales.zero_RC is not None:
             quotient_RaCb.add_(scales.zero_RC[:, None, :, None])
         return quotient_RaCb
+
+
+def cut_units(weight_NK: Tensor, unit: tuple[int, int]) -> Tensor:
+    """A weight as [R, a, C, b], units of `unit` rows and columns: a view, but where units at the edge are filled up with zeros."""
+    missing = (0, -weight_NK.shape[1] % unit[1], 0, -weight_NK.shape[0] % unit[0])
+    if any(missing):
+        weight_NK = F.pad(weight_NK, missing)
+    return weight_NK.view(-1, unit[0], weight_NK.shape[1] // unit[1], unit[1])
+
+
+def join_units(weight_RaCb: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `cut_units`, for a weight of this shape."""
+    return weight_RaCb.flatten(2).flatten(0, 1)[: shape[0], : shape[1]]
+
+
+def dequantize(code_NK: Tensor, scale_RC: Tensor, *, unit: tuple[int, int], zero_RC: Tensor | None = None) -> Tensor:
+    """(code - zero) * scale in float32, for values of codes (float32) and the scales of their units; rounded no further."""
+    code_RaCb = cut_units(code_NK, unit)
+    if zero_RC is not None:
+        code_RaCb = code_RaCb - zero_RC[:, None, :, None]
+    return join_units(code_RaCb * scale_RC[:, None, :, None], code_NK.shape)
 
 
 def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:

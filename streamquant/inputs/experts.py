@@ -1,0 +1,193 @@
+"""Stacks: the experts of a layer in one 3-D tensor, and the 2-D weights that they are.
+
+    rows         [E, 2I, H]  gate in the upper half of the rows, up in the lower one; down [E, H, I]
+    columns      [E, H, 2I]  the transpose: gate in the left half of the columns; down [E, I, H]
+    interleaved  [E, H, 2I]  gate in the even columns, up in the odd ones; down [E, I, H]
+
+Which it is follows from the model type, for shapes tell rows from columns but not which half is the gate. gpt-oss's MXFP4 blocks are
+its interleaved layout, but with rows for columns.
+
+Legend: E experts, H hidden size, I size of an expert.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from streamquant.checkpoint.header import TensorSpec
+from streamquant.errors import CheckpointError
+from streamquant.inputs.fp8 import ScaledFp8, scale_unit
+from streamquant.inputs.mxfp4 import BLOCK_BYTES, BLOCK_ELEMENTS, MxFp4Blocks, MxFp4BlocksTransposed
+from streamquant.inputs.weight import DENSE, Dense, Hints, InputFormat, Place, Weight
+
+LAYOUTS = ("rows", "columns", "interleaved")
+# Model type -> layouts of its files. Where there are two, shapes decide, and the first where they leave it open.
+MODEL_LAYOUTS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("llama4", "llama4_text", "aria", "aria_text", "openai_privacy_filter"), ("columns",)),
+    **dict.fromkeys(("qwen3_vl_moe", "qwen3_vl_moe_text"), ("columns", "rows")),
+    "gpt_oss": ("interleaved",),
+    **dict.fromkeys(
+        (
+            "afmoe", "axk1", "axk2", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe",
+            "ernie4_5_vl_moe", "exaone_moe", "flex_olmo", "gemma4", "gemma4_text", "glm4_moe", "glm4_moe_lite", "glm4v_moe",
+            "glm4v_moe_text", "glm_moe_dsa", "granitemoe", "granitemoehybrid", "granitemoeshared", "granitemoe_swa", "hunyuan_v1_moe",
+            "hy_v3", "hy_v4", "jamba", "jetmoe", "kimi_k25", "kimi_linear", "lfm2_moe", "mellum", "mimo_v2_flash", "minimax", "minimax_m2",
+            "mistral4", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next",
+            "qwen3_omni_moe", "qwen3_omni_moe_text", "solar_open", "zaya",
+        ),
+        ("rows",),
+    ),
+}  # fmt: skip
+GATE_UP = ("gate_proj", "up_proj")
+# vLLM splits what it finds under these names once more; it loads aria's halves under the name of both.
+UNSPLIT = {"aria", "aria_text"}
+
+_EXPERTS = re.compile(r"((?:.*\.)?experts)\.(gate_up_proj|down_proj|fc1|fc2)(?:\.weight)?(_blocks|_scales|_bias|_scale_inv|)")
+_LINEARS = re.compile(r"((?:.*\.)?(?:block_sparse_moe|moe|mlp))\.(input_linear|output_linear)\.weight()")
+_DOWN = {"down_proj", "fc2", "output_linear"}
+ROLE_OF_PART = {"": "weight", "_blocks": "blocks", "_scales": "scales", "_scale_inv": "scale", "_bias": "bias"}
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """The gate and up, or the down projections of a layer's experts."""
+
+    name: str  # of the tensor, were it plain
+    prefix: str  # of the names of single experts
+    weights: tuple[Weight, ...]  # of single experts; empty if the layout is not known
+    biases: tuple[Weight, ...]  # the same, columns of one element
+    tensors: tuple[TensorSpec, ...]  # all that the source has of it
+    whole: tuple[Weight, ...]  # expert by expert as in a plain 3-D tensor, unless the source has that
+    problem: str  # why there are no weights
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the plain 3-D tensor of `whole`."""
+        return len(self.whole), *self.whole[0].shape
+
+
+class _Found(NamedTuple):
+    prefix: str
+    leaf: str
+    tensors: dict[str, TensorSpec]  # by role
+
+    @property
+    def name(self) -> str:
+        main = self.tensors.get("weight") or self.tensors.get("blocks")
+        return main.name.removesuffix("_blocks") if main is not None else f"{self.prefix}.{self.leaf}"
+
+
+def find_stacks(tensors: Iterable[TensorSpec], hints: Hints) -> list[Stack]:
+    """The stacks among the tensors. Raises CheckpointError for one whose parts or shapes contradict each other or the model type."""
+    found: dict[tuple[str, str], _Found] = {}
+    unknown = []
+    for spec in tensors:
+        match = _EXPERTS.fullmatch(spec.name) or _LINEARS.fullmatch(spec.name)
+        if match is not None:
+            prefix = match[1] if match[1].endswith("experts") else f"{match[1]}.experts"
+            found.setdefault((prefix, match[2]), _Found(prefix, match[2], {})).tensors[ROLE_OF_PART[match[3]]] = spec
+        elif len(spec.shape) > 2 and not {"experts", "moe"}.isdisjoint(spec.name.split(".")):
+            unknown.append(Stack(spec.name, spec.name, (), (), (spec,), (), _unknown(spec, hints)))
+    stacks = [stack for stack in found.values() if len(_main(stack).shape) > 2]
+    layouts = {stack.prefix: _layout(stack.prefix, stacks, hints) for stack in stacks}
+    return [_stack(stack, layouts[stack.prefix], hints) for stack in stacks] + unknown
+
+
+def _main(stack: _Found) -> TensorSpec:
+    for role in ("weight", "blocks"):
+        if role in stack.tensors:
+            return stack.tensors[role]
+    raise CheckpointError(f"{next(iter(stack.tensors.values())).name} is there without {stack.prefix}.{stack.leaf}")
+
+
+def _unknown(spec: TensorSpec, hints: Hints) -> str:
+    model = hints.model_types[-1] if hints.model_types else "no model type"
+    return (
+        f"{spec.name} {list(spec.shape)} stacks experts in 3-D in a layout that is not known for {model}: "
+        f"state it with --expert-layout {'|'.join(LAYOUTS)}, or leave it as it is: --ignore '{spec.name}'"
+    )
+
+
+def _layout(prefix: str, stacks: Iterable[_Found], hints: Hints) -> str | None:
+    """The layout of the stacks of a layer; None if it is not known."""
+    shapes = {("down" if stack.leaf in _DOWN else "gate_up"): _logical_shape(stack) for stack in stacks if stack.prefix == prefix}
+    known = (hints.expert_layout,) if hints.expert_layout else next((MODEL_LAYOUTS[t] for t in hints.model_types if t in MODEL_LAYOUTS), ())
+    if not known:
+        return None
+    gate_up, down = shapes.get("gate_up"), shapes.get("down")
+    if gate_up is None or down is None or any("blocks" in stack.tensors for stack in stacks if stack.prefix == prefix):
+        return known[0]
+    for layout in known:
+        (rows, columns), (down_rows, down_columns) = gate_up[1:], down[1:]
+        if layout != "rows":
+            rows, columns, down_rows, down_columns = columns, rows, down_columns, down_rows
+        if (gate_up[0], rows, columns) == (down[0], 2 * down_columns, down_rows):
+            return layout
+    raise CheckpointError(f"{prefix}: gate_up_proj {list(gate_up)} and down_proj {list(down)} are not stacked in {' or '.join(known)}")
+
+
+def _logical_shape(stack: _Found) -> tuple[int, ...]:
+    main = _main(stack)
+    return (*main.shape[:2], main.shape[2] * BLOCK_ELEMENTS) if len(main.shape) == 4 else main.shape
+
+
+def _stack(stack: _Found, layout: str | None, hints: Hints) -> Stack:
+    tensors = {role: spec for role, spec in stack.tensors.items() if role != "bias"}
+    main, bias = _main(stack), stack.tensors.get("bias")
+    everything = tuple(stack.tensors.values())
+    if layout is None:
+        return Stack(stack.name, stack.prefix, (), (), everything, (), _unknown(main, hints))
+    form, dtype = _format(stack, layout, hints)
+    num_experts, rows, columns = _logical_shape(stack)
+    if "weight" in form.by_columns:
+        rows, columns = columns, rows
+    if bias is not None and (bias.shape != (num_experts, rows) or bias.dtype not in {"BF16", "F16", "F32"}):
+        raise CheckpointError(f"{bias.name} is {bias.dtype} {list(bias.shape)}; the bias of {main.name} has shape {[num_experts, rows]}")
+    leaves: tuple[str, ...] = ("down_proj",)
+    if stack.leaf not in _DOWN:
+        leaves = ("gate_up_proj",) if not UNSPLIT.isdisjoint(hints.model_types) else GATE_UP
+    if rows % len(leaves):
+        raise CheckpointError(f"{main.name}: {rows} rows are no pair of gate and up")
+    size, step = rows // len(leaves), len(leaves) if layout == "interleaved" else 1
+    if step == 1 and len(leaves) > 1 and size % form.row_multiple:
+        raise CheckpointError(f"{main.name}: gate and up of {size} rows share a block of {form.row_multiple} rows")
+    weights, biases = [], []
+    for expert in range(num_experts):
+        for number, leaf in enumerate(leaves):
+            place = Place(expert, number if step > 1 else number * size, step)
+            module = f"{stack.prefix}.{expert}.{leaf}"
+            weights.append(Weight(f"{module}.weight", dtype, (size, columns), tensors, form, place))
+            if bias is not None:
+                biases.append(Weight(f"{module}.bias", bias.dtype, (size, 1), {"weight": bias}, DENSE, place))
+    whole = (
+        []
+        if isinstance(form, Dense)
+        else [_whole(stack.name, expert, dtype, (rows, columns), tensors, form) for expert in range(num_experts)]
+    )
+    return Stack(stack.name, stack.prefix, tuple(weights), tuple(biases), everything, tuple(whole), "")
+
+
+def _format(stack: _Found, layout: str, hints: Hints) -> tuple[InputFormat, str]:
+    """How the stack is stored, and the dtype of its values."""
+    tensors, main = stack.tensors, _main(stack)
+    if "blocks" in tensors:
+        scales = tensors.get("scales")
+        if layout != "interleaved" or scales is None or scales.shape != main.shape[:3] or main.shape[3:] != (BLOCK_BYTES,):
+            raise CheckpointError(f"{main.name} {main.dtype} {list(main.shape)} with its scales is not stored as gpt-oss stores MXFP4")
+        return MxFp4Blocks(), "BF16"
+    if "scale" in tensors:
+        scale = tensors["scale"]
+        if main.dtype != "F8_E4M3" or layout != "rows":
+            raise CheckpointError(f"{main.name} ({main.dtype}, {layout}) with {scale.name}: only FP8 stacked in rows is read")
+        unit = scale_unit((main.shape[1], main.shape[2]), scale.shape[1:], block=hints.block, name=scale.name)
+        return ScaledFp8(unit, scale.dtype), hints.dtype_beside(scale.dtype)
+    return Dense(transposed=layout != "rows"), main.dtype
+
+
+def _whole(name: str, expert: int, dtype: str, shape: tuple[int, int], tensors: Mapping[str, TensorSpec], form: InputFormat) -> Weight:
+    """An expert as it lies in the plain stack: gpt-oss's is transposed."""
+    weight = Weight(name, dtype, shape, tensors, form, Place(expert))
+    if isinstance(form, MxFp4Blocks):
+        return replace(weight, shape=shape[::-1], format=MxFp4BlocksTransposed())
+    return weight
