@@ -15,13 +15,13 @@ from streamquant.checkpoint.header import DTYPE_BITS, TensorSpec, build_header
 from streamquant.checkpoint.source import Checkpoint
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.inputs import Inventory, Stack, Weight
-from streamquant.stored import DENSE_DTYPES, stored_bytes, stored_tensors
 from streamquant.names import EMBEDDING, WEIGHT_SUFFIX, ModelFacts, fused_groups, is_expert, module_name, reason_to_keep
 from streamquant.quantization_config import describe_quantization, is_named_only
 from streamquant.recipe import Matcher, Recipe, Rule
 from streamquant.schemes import PLAIN, Scheme
 from streamquant.schemes.fp8 import Fp8
 from streamquant.schemes.plain import Plain
+from streamquant.stored import DENSE_DTYPES, stored_bytes, stored_tensors
 
 NOT_A_MATRIX = "not a 2-D weight"
 NOT_STORED = PLAIN["BF16"]  # the scheme of what is copied

@@ -20,10 +20,10 @@ from streamquant.checkpoint.source import Source
 from streamquant.checkpoint.writer import ShardWriter
 from streamquant.errors import CheckpointError
 from streamquant.inputs import Weight, new_memory
-from streamquant.stored import TORCH_DTYPES
 from streamquant.memory import COPY_BYTES, Memory, row_blocks, row_multiple
 from streamquant.plan import Copy, Encode, Member, Shard, Step
 from streamquant.schemes import Scheme
+from streamquant.stored import TORCH_DTYPES
 
 
 class Progress(NamedTuple):

@@ -17,11 +17,11 @@ from streamquant.checkpoint.header import TensorSpec, parse_object
 from streamquant.checkpoint.source import INDEX_NAME, Checkpoint, LocalSource, Source, read_checkpoint
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.inputs import Inventory, Stack, Weight, find_weights, read_tensor
-from streamquant.stored import stored_tensors
 from streamquant.memory import BLOCK_ELEMENTS, COPY_BYTES, row_blocks
 from streamquant.names import EMBEDDING, ModelFacts, fused_groups, reason_to_keep
 from streamquant.quantization_config import quantized_modules
 from streamquant.schemes import Scheme
+from streamquant.stored import stored_tensors
 
 SCALE_SUFFIXES = {"weight_scale", "weight_scale_inv", "weight_global_scale"}
 CODE_DTYPES = {"F8_E4M3", "I8", "U8", "I32"}  # that mean nothing without a scale

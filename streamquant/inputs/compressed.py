@@ -14,11 +14,11 @@ from torch import Tensor
 from streamquant.checkpoint.header import TensorSpec
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.inputs.weight import Hints, InputFormat, Weight
-from streamquant.stored import stored_tensors
 from streamquant.schemes import SCHEMES, Scheme
 from streamquant.schemes.integer import ByteInt, PackedInt
 from streamquant.schemes.packing import WORD_BITS
 from streamquant.schemes.scheme import dequantize
+from streamquant.stored import stored_tensors
 
 GROUP_INDEX = "weight_g_idx"
 SAME_BYTES = {"U8": {"U8", "F8_E8M0"}}

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from streamquant.checkpoint.header import DTYPE_BITS, TensorSpec, tensor_bytes
 from streamquant.checkpoint.source import Source
-from streamquant.stored import TORCH_DTYPES
 from streamquant.names import WEIGHT_SUFFIX, module_name
 from streamquant.schemes import Scheme
 from streamquant.schemes.fp8 import Fp8
 from streamquant.schemes.integer import ByteInt
 from streamquant.schemes.rounding import e8m0_value
+from streamquant.stored import TORCH_DTYPES
 
 Allocate = Callable[[str, int], Tensor]  # (role, bytes) -> uint8 memory to read into
 
