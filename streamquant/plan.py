@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from streamquant.checkpoint.header import DTYPE_BITS, TensorSpec, build_header, tensor_bytes
+from streamquant.checkpoint.layout import Layout
 from streamquant.checkpoint.source import Checkpoint
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.names import (
@@ -185,7 +186,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, max_shard_bytes: int) -
     _refuse_unsupported(checkpoint)
     decisions = _decide(checkpoint, recipe)
     groups = _fused(checkpoint, decisions)
-    shards = _lay_out(_draft(checkpoint, decisions, groups), max_shard_bytes)
+    shards = _lay_out(_draft(checkpoint, decisions, groups), checkpoint.layout, max_shard_bytes)
 
     encoded = [step for shard in shards for step in shard.steps if isinstance(step, Encode)]
     if not encoded:
@@ -409,7 +410,7 @@ def stored_bytes(scheme: Scheme, shape: tuple[int, int], dtype: str) -> int:
     return sum(tensor_bytes(stored_dtype, stored_shape) for _, stored_dtype, stored_shape in stored_tensors(scheme, shape, dtype))
 
 
-def _lay_out(drafts: Sequence[_Draft], max_shard_bytes: int) -> tuple[Shard, ...]:
+def _lay_out(drafts: Sequence[_Draft], layout: Layout, max_shard_bytes: int) -> tuple[Shard, ...]:
     """Fill shards in order; a step is never split, so a shard is larger than `max_shard_bytes` only if one step is."""
     batches: list[list[_Draft]] = []
     filled = 0
@@ -420,9 +421,7 @@ def _lay_out(drafts: Sequence[_Draft], max_shard_bytes: int) -> tuple[Shard, ...
             filled = 0
         batches[-1].append(draft)
         filled += step_bytes
-    if len(batches) == 1:
-        return (_shard("model.safetensors", batches[0]),)
-    return tuple(_shard(f"model-{number:05d}-of-{len(batches):05d}.safetensors", batch) for number, batch in enumerate(batches, start=1))
+    return tuple(_shard(layout.shard_name(number, len(batches)), batch) for number, batch in enumerate(batches, start=1))
 
 
 def _shard(file: str, drafts: Sequence[_Draft]) -> Shard:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from streamquant.checkpoint.header import TensorSpec, parse_object
-from streamquant.checkpoint.source import INDEX_NAME, Checkpoint, LocalSource, read_checkpoint
+from streamquant.checkpoint.source import Checkpoint, LocalSource, read_checkpoint
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.memory import BLOCK_ELEMENTS, COPY_BYTES, row_blocks
 from streamquant.names import EMBEDDING, WEIGHT_SUFFIX, ModelFacts, fused_groups, is_stored_quantized, module_name, reason_to_keep
@@ -81,9 +81,10 @@ def verify(
             checkpoint = read_checkpoint(source)
         except CheckpointError as error:
             return Verification(str(out), [str(error)])
-        config = (checkpoint.config or {}).get("quantization_config")
+        config = checkpoint.quantization
         if not isinstance(config, dict):
-            raise RequestError(f"{out} has no quantization_config in its config.json: not a quantized checkpoint, or an unfinished one")
+            where = f"{checkpoint.layout.quantization_key} in its {checkpoint.layout.config_name}"
+            raise RequestError(f"{out} has no {where}: not a quantized checkpoint, or an unfinished one")
         try:
             scheme_of = quantized_modules(config)
         except CheckpointError as error:
@@ -116,16 +117,16 @@ def _container_problems(checkpoint: Checkpoint, source: LocalSource) -> list[str
             continue
         if ours != theirs:
             problems.append(f"{shard}: the safetensors library reads other tensors from it than its header says")
-    sizes = source.sizes()
-    if INDEX_NAME in sizes:
-        text = bytearray(sizes[INDEX_NAME])
-        source.read(INDEX_NAME, 0, memoryview(text))
-        index = parse_object(bytes(text), file=INDEX_NAME)
+    sizes, index_name = source.sizes(), checkpoint.layout.index_name
+    if index_name in sizes:
+        text = bytearray(sizes[index_name])
+        source.read(index_name, 0, memoryview(text))
+        index = parse_object(bytes(text), file=index_name)
         for name in checkpoint.tensors.keys() - index["weight_map"].keys():
-            problems.append(f"{INDEX_NAME} does not list {name}")
+            problems.append(f"{index_name} does not list {name}")
         total = sum(spec.num_bytes for spec in checkpoint.tensors.values())
         if index.get("metadata", {}).get("total_size") != total:
-            problems.append(f"{INDEX_NAME}: total_size is {index.get('metadata', {}).get('total_size')}, the tensors have {total} bytes")
+            problems.append(f"{index_name}: total_size is {index.get('metadata', {}).get('total_size')}, the tensors have {total} bytes")
     return problems
 
 
@@ -328,8 +329,7 @@ def dequantize(out: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
     """(name, weight) for every tensor of a quantized checkpoint, one at a time: quantized ones as float32, others as they are."""
     with LocalSource(out) as source:
         checkpoint = read_checkpoint(source)
-        config = (checkpoint.config or {}).get("quantization_config") or {}
-        stored, problems = _inventory(checkpoint, source, quantized_modules(config))
+        stored, problems = _inventory(checkpoint, source, quantized_modules(checkpoint.quantization or {}))
         if problems:
             raise CheckpointError(f"{out}: {problems[0]}")
         parts = {spec.name for weight in stored.values() for spec in weight.tensors.values()}
