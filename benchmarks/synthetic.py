@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from streamquant.checkpoint.header import build_header
-from streamquant.checkpoint.source import CONFIG_NAME, INDEX_NAME
+from streamquant.checkpoint.layout import Layout
 from streamquant.checkpoint.writer import ShardWriter
 
 BYTES_PER_WEIGHT = 2  # bfloat16
@@ -105,7 +105,7 @@ def write_checkpoint(folder: Path, tensors: Sequence[Tensor], config: dict[str, 
     batches = list(_batches(tensors, shard_bytes))
     weight_map = {}
     for number, batch in enumerate(batches, start=1):
-        file = "model.safetensors" if len(batches) == 1 else f"model-{number:05d}-of-{len(batches):05d}.safetensors"
+        file = Layout().shard_name(number, len(batches))
         weight_map.update(dict.fromkeys((tensor.name for tensor in batch), file))
         header, specs = build_header([(tensor.name, "BF16", tensor.shape) for tensor in batch], file=file)
         with ShardWriter(folder / file, header=header, num_bytes=specs[-1].end) as writer:
@@ -115,8 +115,8 @@ def write_checkpoint(folder: Path, tensors: Sequence[Tensor], config: dict[str, 
     if len(batches) > 1:
         total = sum(tensor.num_bytes for tensor in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        (folder / Layout().index_name).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    (folder / Layout().config_name).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _batches(tensors: Sequence[Tensor], shard_bytes: int) -> Iterator[list[Tensor]]:

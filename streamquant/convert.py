@@ -12,7 +12,8 @@ from typing import Any, Final
 import torch
 
 from streamquant.checkpoint.journal import RECORD_NAME, WORK_FOLDER, Journal, read_record, require_same_job
-from streamquant.checkpoint.source import CONFIG_NAME, INDEX_NAME, LocalSource, read_checkpoint
+from streamquant.checkpoint.layout import MISTRAL_CONFIG_NAME
+from streamquant.checkpoint.source import LocalSource, read_checkpoint
 from streamquant.checkpoint.writer import ShardWriter, sync_folder, write_file
 from streamquant.errors import RequestError, StorageError, VerificationError
 from streamquant.inputs import find_weights
@@ -26,6 +27,7 @@ from streamquant.version import __version__
 DEFAULT_MAX_SHARD_SIZE: Final = "5GB"
 DEFAULT_MEMORY: Final = {"cpu": "256MiB", "cuda": "2GiB"}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+STALE_KEYS = {"quantization_config", "compression_config"}
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -102,6 +104,8 @@ def plan(
     max_shard_bytes = parse_size(max_shard_size)
     with LocalSource(source) as opened:
         checkpoint = read_checkpoint(opened)
+        if format != "compressed-tensors" and checkpoint.layout.config_name == MISTRAL_CONFIG_NAME:
+            raise RequestError(f"{MISTRAL_CONFIG_NAME} describes compressed-tensors only; leave out --format {format}")
         return make_plan(checkpoint, find_weights(checkpoint, opened), wish, max_shard_bytes=max_shard_bytes)
 
 
@@ -306,14 +310,26 @@ def _finish(the_plan: Plan, source: LocalSource, out: Path, work: Path, job: Map
             writer.publish(target)
     record = {"job": job, "shards": {shard.file: shard.num_bytes for shard in the_plan.shards}}
     write_file(out / RECORD_NAME, _json(record), work=work)
+    layout = the_plan.checkpoint.layout
     if len(the_plan.shards) > 1:
-        write_file(out / INDEX_NAME, _json(_index(the_plan)), work=work)
-    config = dict(the_plan.checkpoint.config or {})
-    config.pop("quantization_config", None)
-    if the_plan.quantization_config:
-        config["quantization_config"] = the_plan.quantization_config
-    write_file(out / CONFIG_NAME, _json(config), work=work)
+        write_file(out / layout.index_name, _json(_index(the_plan)), work=work)
+    write_file(out / layout.config_name, _json(_config(the_plan)), work=work)
     sync_folder(out)
+
+
+def _config(the_plan: Plan) -> dict[str, Any]:
+    """The config of the source, in its order, with the new description of the quantization and no other."""
+    key = the_plan.checkpoint.layout.quantization_key
+    config = {**(the_plan.checkpoint.config or {}), key: the_plan.quantization_config}
+    config = {name: value for name, value in config.items() if (value if name == key else name not in STALE_KEYS)}
+    parents = [config]
+    while parents:  # of any depth, so no recursion
+        parent = parents.pop()
+        for name, value in parent.items():
+            if isinstance(value, dict):
+                parent[name] = {inner: value[inner] for inner in value if inner not in STALE_KEYS}
+                parents.append(parent[name])
+    return config
 
 
 def _index(the_plan: Plan) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class FusedSet(NamedTuple):
 FUSED_SETS = (
     FusedSet(("q_proj", "k_proj", "v_proj"), extras=("g_proj", "b_proj", "f_a_proj", "output_gate_proj")),
     FusedSet(("q_a_proj", "kv_a_proj_with_mqa"), extras=("g_proj",)),
+    FusedSet(("wq", "wk", "wv")),
     FusedSet(("wq_a", "wkv_a_with_mqa")),
     FusedSet(("wq_a", "wkv", "wgate")),
     FusedSet(("wk", "weights_proj")),
@@ -38,13 +39,25 @@ FUSED_SETS = (
 
 EMBEDDING = "embedding"
 MTP = "multi-token prediction"
-_TOWER = re.compile(r"(visual|vision|audio|image|video|speech)(_.*)?|(.*_)?projector|embed_(vision|audio)|vit|resampler")
+_TOWER = re.compile(
+    r"(visual|vision|audio|image|video|speech|whisper|mm)(_.*)?|(.*_)?projector|embed_(vision|audio)|vit|resampler|patch_merger"
+)
 _MTP = re.compile(r"mtp(_.*)?|.*nextn.*")
 _EMBEDDING = re.compile(r"embed(_.*)?|w[tp]e|(.*_)?embed(ding)?s?|embed_tokens.*")
 _ROUTER = re.compile(r"gate|router.*|shared_expert_gate")
 _STATE_SPACE = {"conv1d", "x_proj", "dt_proj", "in_proj_a", "in_proj_b", "in_proj_ba"}
 _PROJECTION = re.compile(r".*_proj(_.*)?|w\d|wq.*|wk.*|wv|wo|fc\d?|c_fc.*|(up|down|gate)|q|k|v|o|dense.*|linear.*|key|query|value")
 _EXPERT = re.compile(r"(.*\.)?experts\.\d+\..*")
+# Mistral interleaves the rotary halves in the rows of wq and wk. vLLM undoes that in tensors named `weight`, not in packed codes
+# nor in scales. It loads wv together with them.
+_INTERLEAVED = re.compile(r"layers\.\d+\.attention\.w[qkv]")
+_MISTRAL = re.compile(r"layers\.\d+\.(attention|feed_forward|gate|experts|shared_experts)(\..+)?")
+_MISTRAL_TO_VLLM = {
+    "attention": "self_attn", "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj",
+    "wq_a": "q_a_proj", "wq_b": "q_b_proj", "wkv_a_with_mqa": "kv_a_proj_with_mqa", "wkv_b": "kv_b_proj",
+    "feed_forward": "mlp", "gate": "mlp.gate", "experts": "mlp.experts", "shared_experts": "mlp.shared_experts",
+    "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj",
+}  # fmt: skip
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d{1,9})\.")
 
 
@@ -62,16 +75,27 @@ class ModelFacts:
         for key in ("text_config", "llm_config", "language_config"):
             if isinstance(text.get(key), dict):
                 text = text[key]
+        layer_keys = ("num_hidden_layers", "n_layer", "n_layers")
         expert_keys = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+        moe = text["moe"] if isinstance(text.get("moe"), dict) else {}  # of params.json
         return cls(
-            num_layers=next((text[key] for key in ("num_hidden_layers", "n_layer") if type(text.get(key)) is int), None),
-            num_experts=next((text[key] for key in expert_keys if type(text.get(key)) is int), None),
+            num_layers=next((text[key] for key in layer_keys if type(text.get(key)) is int), None),
+            num_experts=next((owner[key] for owner in (text, moe) for key in expert_keys if type(owner.get(key)) is int), None),
         )
 
 
 def module_name(tensor: str) -> str:
     """The module that a weight belongs to; other tensors stand for themselves."""
     return tensor.removesuffix(WEIGHT_SUFFIX)
+
+
+def name_in_vllm(module: str) -> str | None:
+    """The name by which vLLM looks up a linear module of Mistral's own layout in `quantization`; None for other names."""
+    if module == "output":
+        return "lm_head"
+    if _MISTRAL.fullmatch(module) is None:
+        return None
+    return "model." + ".".join(_MISTRAL_TO_VLLM.get(part, part) for part in module.split("."))
 
 
 def is_expert(module: str) -> bool:
@@ -103,8 +127,10 @@ def reason_to_keep(module: str, num_rows: int, facts: ModelFacts) -> str | None:
         return "router (as many rows as experts)"
     if leaf in _STATE_SPACE:
         return "state space or linear attention parameter"
-    if leaf == "kv_b_proj":
+    if leaf in {"kv_b_proj", "wkv_b"}:
         return "MLA projection that engines absorb"
+    if _INTERLEAVED.fullmatch(module):
+        return "q/k/v in Mistral's order of rows, which engines undo in unquantized weights only"
     if leaf == "weights_proj" and "indexer" in parts:
         return "indexer weights"
     return None

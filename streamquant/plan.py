@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from streamquant.checkpoint.header import DTYPE_BITS, TensorSpec, build_header
+from streamquant.checkpoint.layout import Layout
 from streamquant.checkpoint.source import Checkpoint
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.inputs import Inventory, Stack, Weight
@@ -183,7 +184,7 @@ def make_plan(checkpoint: Checkpoint, inventory: Inventory, recipe: Recipe, *, m
         raise CheckpointError(f"{inventory.problems[0]}{more}")
     decisions = _decide(checkpoint, inventory, recipe)
     groups = _fused(inventory, decisions)
-    shards = _lay_out(_draft(inventory, decisions, groups), max_shard_bytes)
+    shards = _lay_out(_draft(inventory, decisions, groups), checkpoint.layout, max_shard_bytes)
 
     encoded = [step for shard in shards for step in shard.steps if isinstance(step, Encode)]
     if not encoded:
@@ -452,7 +453,7 @@ def _glob(module: str) -> str:
 # --- laying out ------------------------------------------------------------------------------------------------------
 
 
-def _lay_out(drafts: Sequence[_Draft], max_shard_bytes: int) -> tuple[Shard, ...]:
+def _lay_out(drafts: Sequence[_Draft], layout: Layout, max_shard_bytes: int) -> tuple[Shard, ...]:
     """Fill shards in order; a step is never split, so a shard is larger than `max_shard_bytes` only if one step is."""
     batches: list[list[_Draft]] = []
     filled = 0
@@ -463,9 +464,7 @@ def _lay_out(drafts: Sequence[_Draft], max_shard_bytes: int) -> tuple[Shard, ...
             filled = 0
         batches[-1].append(draft)
         filled += step_bytes
-    if len(batches) == 1:
-        return (_shard("model.safetensors", batches[0]),)
-    return tuple(_shard(f"model-{number:05d}-of-{len(batches):05d}.safetensors", batch) for number, batch in enumerate(batches, start=1))
+    return tuple(_shard(layout.shard_name(number, len(batches)), batch) for number, batch in enumerate(batches, start=1))
 
 
 def _shard(file: str, drafts: Sequence[_Draft]) -> Shard:

@@ -2,7 +2,8 @@
 
 compressed-tensors resolves a module by its name first (exact or `re:`), then by its class; `ignore` wins over both. With one scheme
 `Linear` is the target and every linear that was left alone is in `ignore` by its full name. With several, each has targets that
-match its modules and no other scheme's, so that the order in which an engine tries them does not matter.
+match its modules and no other scheme's, so that the order in which an engine tries them does not matter. Modules of Mistral's own
+layout are listed by their names in vLLM as well, which renames tensors on loading but not what is said about them here.
 """
 
 import re
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from streamquant.errors import CheckpointError
+from streamquant.names import name_in_vllm
 from streamquant.schemes import NATIVE_FP8, Scheme, scheme_from_config
 from streamquant.schemes.fp8 import BLOCK, NativeFp8
 
@@ -29,7 +31,11 @@ def describe_quantization(quantized: Mapping[str, Scheme], kept: Iterable[str], 
 
     `absent_lm_head`: the checkpoint stores no lm_head, for it is tied to the embedding; readers that build one shall leave it alone.
     """
-    ignore = sorted({*kept, "lm_head"} if absent_lm_head else set(kept))
+    kept = set(kept)
+    in_vllm = _in_vllm(quantized)
+    ignore = kept | set(_name_targets(_in_vllm(kept), in_vllm))
+    if absent_lm_head and "lm_head" not in in_vllm:
+        ignore.add("lm_head")
     by_args: dict[str, tuple[Scheme, list[str]]] = {}
     for module, scheme in quantized.items():
         key = repr((scheme.format, scheme.weights_config, scheme.activations))
@@ -41,13 +47,13 @@ def describe_quantization(quantized: Mapping[str, Scheme], kept: Iterable[str], 
             "activation_scheme": "dynamic",
             "weight_block_size": [BLOCK, BLOCK],
             "fmt": "e4m3",
-            "modules_to_not_convert": ignore,
+            "modules_to_not_convert": sorted(ignore),
         }
     config_groups = {}
     for number, (scheme, modules) in enumerate(groups):
         others = [module for _, members in groups for module in members if members is not modules]
         config_groups[f"group_{number}"] = {
-            "targets": _targets(modules, others),
+            "targets": _targets(modules + _in_vllm(modules), others + _in_vllm(others)),
             "format": scheme.format,
             "weights": scheme.weights_config,
             "input_activations": None if scheme.activations is None else scheme.activations.config,
@@ -58,7 +64,7 @@ def describe_quantization(quantized: Mapping[str, Scheme], kept: Iterable[str], 
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",  # without it transformers loads wrong weights and says nothing
         "config_groups": config_groups,
-        "ignore": ignore,
+        "ignore": sorted(ignore),
     }
 
 
@@ -121,10 +127,18 @@ class _NameSet:
         return name in self._names or (self._pattern is not None and self._pattern.match(name) is not None)
 
 
+def _in_vllm(modules: Iterable[str]) -> list[str]:
+    """The names of modules that have another one in vLLM."""
+    return [name for name in map(name_in_vllm, modules) if name is not None]
+
+
 def _targets(modules: list[str], others: list[str]) -> list[str]:
     """Targets that match these modules and none of `others`; modules in `ignore` may match, for `ignore` wins."""
-    if not others:
-        return [CLASS_TARGET, *sorted(filter(is_named_only, modules))]
+    return _name_targets(modules, others) if others else [CLASS_TARGET, *sorted(filter(is_named_only, modules))]
+
+
+def _name_targets(modules: list[str], others: list[str]) -> list[str]:
+    """Names and `re:` patterns that match these modules and none of `others`."""
     foreign = [{_template(other, level) for other in others} for level in (0, 1)]
     safe: dict[tuple[str, ...], bool] = {}
     targets = set()

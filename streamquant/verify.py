@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from streamquant.checkpoint.header import TensorSpec, parse_object
-from streamquant.checkpoint.source import INDEX_NAME, Checkpoint, LocalSource, Source, read_checkpoint
+from streamquant.checkpoint.source import Checkpoint, LocalSource, Source, read_checkpoint
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.inputs import Inventory, Stack, Weight, find_weights, read_tensor
 from streamquant.memory import BLOCK_ELEMENTS, COPY_BYTES, row_blocks
@@ -72,8 +72,8 @@ def verify(
         except CheckpointError as error:
             return Verification(str(out), [str(error)])
         if checkpoint.config is None:
-            raise RequestError(f"{out} has no config.json: not a finished output")
-        config = checkpoint.config.get("quantization_config")
+            raise RequestError(f"{out} has no {checkpoint.layout.config_name}: not a finished output")
+        config = checkpoint.quantization
         try:
             scheme_of = quantized_modules(config) if isinstance(config, dict) else _nothing
         except CheckpointError as error:
@@ -113,16 +113,16 @@ def _container_problems(checkpoint: Checkpoint, source: LocalSource) -> list[str
             continue
         if ours != theirs:
             problems.append(f"{shard}: the safetensors library reads other tensors from it than its header says")
-    sizes = source.sizes()
-    if INDEX_NAME in sizes:
-        text = bytearray(sizes[INDEX_NAME])
-        source.read(INDEX_NAME, 0, memoryview(text))
-        index = parse_object(bytes(text), file=INDEX_NAME)
+    sizes, index_name = source.sizes(), checkpoint.layout.index_name
+    if index_name in sizes:
+        text = bytearray(sizes[index_name])
+        source.read(index_name, 0, memoryview(text))
+        index = parse_object(bytes(text), file=index_name)
         for name in checkpoint.tensors.keys() - index["weight_map"].keys():
-            problems.append(f"{INDEX_NAME} does not list {name}")
+            problems.append(f"{index_name} does not list {name}")
         total = sum(spec.num_bytes for spec in checkpoint.tensors.values())
         if index.get("metadata", {}).get("total_size") != total:
-            problems.append(f"{INDEX_NAME}: total_size is {index.get('metadata', {}).get('total_size')}, the tensors have {total} bytes")
+            problems.append(f"{index_name}: total_size is {index.get('metadata', {}).get('total_size')}, the tensors have {total} bytes")
     return problems
 
 

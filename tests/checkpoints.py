@@ -18,14 +18,18 @@ def weight(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> T
 
 
 def write_checkpoint(
-    folder: Path, *shards: Mapping[str, Tensor], config: Mapping[str, Any] | None = None, side_files: Mapping[str, str] | None = None
+    folder: Path,
+    *shards: Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+    side_files: Mapping[str, str] | None = None,
+    stem: str = "model",
 ) -> Path:
     """A folder with these shards (an index too, if there are several), a config and side files."""
     folder.mkdir(parents=True, exist_ok=True)
     names = (
-        ["model.safetensors"]
+        [f"{stem}.safetensors"]
         if len(shards) == 1
-        else [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+        else [f"{stem}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     )
     for name, tensors in zip(names, shards, strict=True):
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name, metadata={"format": "pt"})
@@ -33,12 +37,32 @@ def write_checkpoint(
         weight_map = {key: name for name, tensors in zip(names, shards, strict=True) for key in tensors}
         total = sum(tensor.nbytes for tensors in shards for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 2} | dict(config or {})))
     for name, text in (side_files or {}).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     return folder
+
+
+def write_mistral(folder: Path, *shards: Mapping[str, Tensor], params: Mapping[str, Any] | None = None) -> Path:
+    """A checkpoint in Mistral's own layout, with params.json."""
+    write_checkpoint(folder, *shards, stem="consolidated")
+    (folder / "config.json").unlink()
+    (folder / "params.json").write_text(json.dumps({"dim": 128, "n_layers": 2, "head_dim": 32} | dict(params or {})))
+    return folder
+
+
+def mistral_layer(layer: int = 0, *, seed: int = 60) -> dict[str, Tensor]:
+    """A layer under Mistral's names, w3 with much larger weights than w1."""
+    prefix = f"layers.{layer}"
+    attention = {f"{prefix}.attention.w{role}.weight": weight(128, 128, seed=seed + index) for index, role in enumerate("qkvo")}
+    return attention | {
+        f"{prefix}.feed_forward.w1.weight": weight(384, 128, seed=seed + 4),
+        f"{prefix}.feed_forward.w2.weight": weight(128, 384, seed=seed + 5),
+        f"{prefix}.feed_forward.w3.weight": weight(384, 128, seed=seed + 6) * 5,
+        f"{prefix}.attention_norm.weight": weight(128, seed=seed + 7),
+    }
 
 
 def attention(layer: int = 0, *, columns: int = 128, seed: int = 1) -> dict[str, Tensor]:

@@ -15,9 +15,22 @@ import torch
 
 import streamquant
 from streamquant import memory
+from streamquant.checkpoint.header import build_header
 from streamquant.errors import CheckpointError, RequestError, StorageError
+from streamquant.plan import Copy, Encode
 from streamquant.schemes import SCHEMES
-from tests.checkpoints import WIKI_LLAMA, attention, file_bytes, mlp, read_config, read_tensors, weight, write_checkpoint
+from tests.checkpoints import (
+    WIKI_LLAMA,
+    attention,
+    file_bytes,
+    mistral_layer,
+    mlp,
+    read_config,
+    read_tensors,
+    weight,
+    write_checkpoint,
+    write_mistral,
+)
 
 ROOT = Path(streamquant.__file__).parent.parent
 
@@ -134,6 +147,103 @@ def test_one_file_is_a_source_as_well(tmp_path: Path) -> None:
     streamquant.convert(file, tmp_path / "out", scheme="W8A8")
     assert list(json.loads((tmp_path / "out" / "config.json").read_text())) == ["quantization_config"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors", "streamquant.json"]
+
+
+def test_mistrals_own_layout_is_kept_and_described_in_params_json(tmp_path: Path) -> None:
+    ends = {"tok_embeddings.weight": weight(300, 128), "norm.weight": weight(128), "output.weight": weight(300, 128)}
+    tower = {"vision_encoder.transformer.layers.0.attention.wq.weight": weight(128, 128), "patch_merger.w.weight": weight(128, 512)}
+    shards = mistral_layer(0), mistral_layer(1, seed=80) | ends | tower
+    source = write_mistral(tmp_path / "source", *shards, params={"quantization": {"stale": True}, "norm_eps": 1e-5})
+    wish: dict[str, Any] = {"scheme": "NVFP4A16", "max_shard_size": 200_000}
+    conversion = streamquant.convert(source, tmp_path / "out", **wish)
+    out, num_shards = tmp_path / "out", len(conversion.plan.shards)
+    assert num_shards > 1
+    assert {path.name for path in out.iterdir()} == {
+        *(f"consolidated-{number:05d}-of-{num_shards:05d}.safetensors" for number in range(1, num_shards + 1)),
+        "consolidated.safetensors.index.json", "params.json", "streamquant.json",
+    }  # fmt: skip
+    params = json.loads((out / "params.json").read_text())
+    assert list(params) == list(json.loads((source / "params.json").read_text()))
+    assert params["quantization"] == conversion.plan.quantization_config
+    assert {member.module for step in conversion.plan.steps if isinstance(step, Encode) for member in step.members} == {
+        f"layers.{layer}.{module}"
+        for layer in (0, 1)
+        for module in ("attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+    }
+    report = streamquant.verify(out, against=source)
+    assert not report.problems
+    assert report.num_quantized == 8
+    assert streamquant.inspect(out).checkpoint.layout == conversion.plan.checkpoint.layout
+    assert streamquant.convert(source, out, **wish).resumed_shards == num_shards
+
+
+def test_one_file_in_mistrals_own_layout_stays_one_file_whatever_its_scheme(tmp_path: Path) -> None:
+    source = write_mistral(tmp_path / "source", mistral_layer())
+    for file in (source, source / "consolidated.safetensors"):
+        out = tmp_path / f"out-{file.name}"
+        streamquant.convert(file, out, scheme="FP8_DYNAMIC", include=["*.attention"])
+        assert {path.name for path in out.iterdir()} == {"consolidated.safetensors", "params.json", "streamquant.json"}
+        assert read_tensors(out)["layers.0.attention.wq.weight"].dtype == torch.float8_e4m3fn
+        assert not streamquant.verify(out, against=source).problems
+    with pytest.raises(RequestError, match=r"params.json describes compressed-tensors only; leave out --format fp8"):
+        streamquant.convert(source, tmp_path / "native", scheme="FP8_BLOCK", format="fp8")
+
+
+def test_a_part_of_a_pipeline_keeps_its_names(tmp_path: Path) -> None:
+    layers = {f"blocks.{index}.attn.to_{role}.weight": weight(128, 128) for index in (0, 1) for role in "qkv"}
+    source = write_checkpoint(tmp_path / "transformer", layers, config={"_class_name": "X"}, stem="diffusion_pytorch_model")
+    streamquant.convert(source, tmp_path / "out", scheme="W4A16", max_shard_size=30_000)
+    index = json.loads((tmp_path / "out" / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {f"diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)}
+    assert not streamquant.verify(tmp_path / "out", against=source).problems
+
+
+def test_no_stale_description_of_a_quantization_stays_beside_ours(tmp_path: Path) -> None:
+    stale = {"quant_method": "gptq"}
+    thinker = {"model_type": "x", "text_config": {"a": 1, "quantization_config": {}, "b": 2}, "quantization_config": {}}
+    config = {
+        "text_config": {"num_hidden_layers": 2, "quantization_config": {}, "vocab_size": 9}, "thinker_config": thinker,
+        "compression_config": {}, "quantization_config": {}, "vocab_size": 9,
+    }  # fmt: skip
+    files = {name: json.dumps(stale) for name in ("hf_quant_config.json", "quantize_config.json", "quant_config.json")}
+    source = write_checkpoint(tmp_path / "source", attention(), config=config, side_files=files)
+    conversion = streamquant.convert(source, tmp_path / "out", scheme="W4A16")
+    assert conversion.plan.checkpoint.left_out == dict.fromkeys(files, "describes another quantization")
+    assert not any((tmp_path / "out" / file).exists() for file in files)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    keys = ["model_type", "num_hidden_layers", "text_config", "thinker_config", "quantization_config", "vocab_size"]
+    assert list(written) == keys
+    assert written["quantization_config"] == conversion.plan.quantization_config
+    assert written["text_config"] == {"num_hidden_layers": 2, "vocab_size": 9}
+    assert written["thinker_config"] == {"model_type": "x", "text_config": {"a": 1, "b": 2}}
+
+
+def test_a_config_of_any_depth_is_written(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", attention())
+    config = '{"a": ' * 700 + "1" + "}" * 700
+    (source / "config.json").write_text(config)
+    streamquant.convert(source, tmp_path / "out", scheme="W4A16")
+    assert "".join((tmp_path / "out" / "config.json").read_text().split()).startswith(config.replace(" ", "")[:-1])
+
+
+def test_tensors_of_rare_dtypes_are_listed_and_copied(tmp_path: Path) -> None:
+    """llm-compressor fails on F8_E8M0 (E6); the safetensors library has no torch dtype for the F6 ones."""
+    source = write_checkpoint(tmp_path / "source", attention())
+    rare = {"F8_E8M0": 8, "F8_E5M2": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "F64": 64, "C64": 64}
+    header, _ = build_header([(f"x.{name.lower()}", name, (4, 8)) for name in rare], file="x")
+    content = torch.randint(0, 2, (sum(32 * bits // 8 for bits in rare.values()),), dtype=torch.uint8).numpy().tobytes()
+    (source / "extra.safetensors").write_bytes(header + content)
+    names = [*attention(), *(f"x.{name.lower()}" for name in rare)]
+    weight_map = {name: "extra.safetensors" if name.startswith("x.") else "model.safetensors" for name in names}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert {spec.dtype for spec in streamquant.inspect(source).checkpoint.tensors.values()} == {"BF16", *rare}
+    conversion = streamquant.convert(source, tmp_path / "out", scheme="W4A16")
+    copied = {step.output.dtype: step for step in conversion.plan.steps if isinstance(step, Copy)}
+    assert copied.keys() == rare.keys()
+    for step in copied.values():
+        theirs = (source / step.source.file).read_bytes()[step.source.start : step.source.end]
+        assert (tmp_path / "out" / step.output.file).read_bytes()[step.output.start : step.output.end] == theirs
+    assert not streamquant.verify(tmp_path / "out", against=source).problems
 
 
 # --- whole or not at all ---------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import pytest
 
-from streamquant.names import EMBEDDING, ModelFacts, fused_groups, reason_to_keep
+from streamquant.names import EMBEDDING, ModelFacts, fused_groups, name_in_vllm, reason_to_keep
 
 LAYER = "model.layers.3."
 
@@ -18,6 +18,9 @@ LAYER = "model.layers.3."
         (["self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.q_b_proj"], [["q_a_proj", "kv_a_proj_with_mqa"]]),
         (["linear_attn.in_proj_qkv", "linear_attn.in_proj_z"], [["in_proj_qkv", "in_proj_z"]]),
         (["attn.to_q", "attn.to_k", "attn.to_v"], [["to_q", "to_k", "to_v"]]),
+        (["attention.wq", "attention.wk", "attention.wv", "attention.wo"], [["wq", "wk", "wv"]]),
+        (["feed_forward.w1", "feed_forward.w2", "feed_forward.w3"], [["w1", "w3"]]),
+        (["indexer.wk", "indexer.weights_proj", "indexer.wq_b"], [["wk", "weights_proj"]]),
         (["attn.wq_a", "attn.wkv"], [["wq_a", "wkv"]]),
         (["attn.wq_a", "attn.wkv_a_with_mqa"], [["wq_a", "wkv_a_with_mqa"]]),
         (["linear_attn.q_proj", "linear_attn.k_proj", "linear_attn.g_proj"], [["q_proj", "k_proj", "g_proj"]]),
@@ -44,6 +47,15 @@ FACTS = ModelFacts(num_layers=61, num_experts=512)
     [
         ("lm_head", "lm_head"),
         ("output", "lm_head"),
+        ("tok_embeddings", EMBEDDING),
+        ("layers.3.gate", "router"),
+        ("layers.3.attention.wkv_b", "MLA"),
+        ("layers.3.attention.wk", "Mistral's order of rows"),
+        ("layers.61.feed_forward.w1", "multi-token"),
+        ("vision_encoder.transformer.layers.0.feed_forward.w1", "tower"),
+        ("vision_language_adapter.w_in", "tower"),
+        ("patch_merger.merging_layer", "tower"),
+        ("mm_whisper_embeddings.whisper_encoder.transformer.layers.0.attention.wq", "tower"),
         ("model.embed_tokens", EMBEDDING),
         ("transformer.wte", EMBEDDING),
         ("bert.embeddings.word_embeddings", EMBEDDING),
@@ -91,3 +103,35 @@ def test_facts_come_from_the_language_model_of_a_nested_config() -> None:
     config = {"model_type": "vlm", "num_hidden_layers": 2, "text_config": {"num_hidden_layers": 40, "n_routed_experts": 64}}
     assert ModelFacts.from_config(config) == ModelFacts(num_layers=40, num_experts=64)
     assert ModelFacts.from_config(None) == ModelFacts()
+
+
+def test_facts_come_from_params_json() -> None:
+    params = {"dim": 7168, "n_layers": 61, "moe": {"num_experts": 128}, "vision_encoder": {"num_hidden_layers": 24}}
+    assert ModelFacts.from_config(params) == ModelFacts(num_layers=61, num_experts=128)
+    assert ModelFacts.from_config({"n_layers": 32, "moe": None}) == ModelFacts(num_layers=32)
+
+
+@pytest.mark.parametrize("module", ["attention.wo", "attention.wq_b", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"])
+def test_the_layers_of_mistrals_own_layout_are_quantized(module: str) -> None:
+    assert reason_to_keep(f"layers.3.{module}", 512, FACTS) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "in_vllm"),
+    [
+        ("layers.3.attention.wq", "model.layers.3.self_attn.q_proj"),
+        ("layers.3.attention.wkv_a_with_mqa", "model.layers.3.self_attn.kv_a_proj_with_mqa"),
+        ("layers.3.feed_forward.w2", "model.layers.3.mlp.down_proj"),
+        ("layers.3.gate", "model.layers.3.mlp.gate"),
+        ("layers.3.experts.17.w3", "model.layers.3.mlp.experts.17.up_proj"),
+        ("layers.3.shared_experts.w1", "model.layers.3.mlp.shared_experts.gate_proj"),
+        ("output", "lm_head"),
+        ("tok_embeddings", None),
+        ("lm_head", None),
+        ("layers.3.attn.wq_a", None),  # DeepSeek-V4
+        ("model.layers.3.self_attn.q_proj", None),
+        ("vision_encoder.transformer.layers.0.attention.wq", None),
+    ],
+)
+def test_modules_of_mistrals_own_layout_have_other_names_in_vllm(module: str, in_vllm: str | None) -> None:
+    assert name_in_vllm(module) == in_vllm

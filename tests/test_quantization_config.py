@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamquant.errors import CheckpointError
+from streamquant.names import name_in_vllm
 from streamquant.quantization_config import describe_quantization, quantized_modules
 from streamquant.schemes import SCHEMES, Scheme, find_scheme
 
@@ -46,6 +47,27 @@ def test_every_module_resolves_to_its_scheme_and_to_no_other(choices: list[str |
         assert (resolved.preset if resolved else None) == name
         if name:
             assert config["config_groups"][groups[0]]["weights"] == SCHEMES[name].weights_config
+
+
+MISTRAL_LEAVES = ["attention.wq", "attention.wo", "feed_forward.w1", "gate", "experts.7.w1", "shared_experts.w1"]
+MISTRAL_MODULES = [*(f"layers.{layer}.{leaf}" for layer in (0, 1, 10) for leaf in MISTRAL_LEAVES), "output"]
+
+
+@given(st.lists(st.sampled_from([None, *SCHEME_NAMES]), min_size=len(MISTRAL_MODULES), max_size=len(MISTRAL_MODULES)).filter(any))
+@settings(max_examples=200, deadline=None)
+def test_modules_of_mistrals_own_layout_resolve_alike_by_their_own_names_and_by_those_in_vllm(choices: list[str | None]) -> None:
+    quantized = {module: find_scheme(name) for module, name in zip(MISTRAL_MODULES, choices, strict=True) if name}
+    kept = [module for module, name in zip(MISTRAL_MODULES, choices, strict=True) if not name]
+    config = describe_quantization(quantized, kept, absent_lm_head=True)
+    scheme_of = quantized_modules(config)
+    for module, name in zip(MISTRAL_MODULES, choices, strict=True):
+        in_vllm = name_in_vllm(module)
+        assert in_vllm is not None
+        prefixed = in_vllm if module == "output" else f"language_model.{in_vllm}"  # in a multimodal model
+        for written in (module, in_vllm, prefixed):
+            resolved = scheme_of(written)
+            assert (resolved.preset if resolved else None) == name
+            assert len(groups_that_match(config, written)) == (name is not None)
 
 
 @pytest.mark.parametrize("name", SCHEMES)

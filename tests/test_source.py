@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from streamquant.checkpoint.layout import Layout
 from streamquant.checkpoint.source import COPY_CHUNK_BYTES, Checkpoint, LocalSource, read_checkpoint
 from streamquant.errors import CheckpointError
+from tests.checkpoints import write_mistral
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -93,6 +95,57 @@ def test_a_folder_with_one_file_needs_no_index(tmp_path, name):
     checkpoint = read(write_single(tmp_path / "model", name))
     assert checkpoint.shards == (name,)
     assert checkpoint.config == CONFIG
+
+
+@pytest.mark.parametrize("stem", ["model", "consolidated", "pytorch_model", "diffusion_pytorch_model"])
+@pytest.mark.parametrize("indexed", [True, False])
+def test_numbered_shards_are_read_under_any_name_with_an_index_and_without(sharded, stem, indexed):
+    names = [f"{stem}-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for old, new in zip((FIRST, SECOND), names, strict=True):
+        (sharded / old).rename(sharded / new)
+    (sharded / INDEX).unlink()
+    if indexed:
+        write_json(sharded / f"{stem}.safetensors.index.json", {"weight_map": {"a": names[0], "b": names[0], "c": names[1]}})
+    checkpoint = read(sharded)
+    assert checkpoint.shards == tuple(names)
+    assert set(checkpoint.tensors) == {"a", "b", "c"}
+    assert (checkpoint.side_files, checkpoint.left_out) == ((), {})
+    expected = "model" if stem == "pytorch_model" and not indexed else stem  # a name that no program looks for
+    assert checkpoint.layout == Layout(expected, "config.json")
+
+
+def test_a_part_of_a_pipeline_is_an_ordinary_checkpoint(tmp_path):
+    folder = write_single(tmp_path / "transformer", "diffusion_pytorch_model.safetensors")
+    save_file({"a": torch.ones(9)}, folder / "diffusion_pytorch_model.fp16.safetensors")
+    write_json(folder / "diffusion_pytorch_model.safetensors.index.fp16.json", {"weight_map": {}})
+    checkpoint = read(folder)
+    assert checkpoint.shards == ("diffusion_pytorch_model.safetensors",)
+    assert checkpoint.layout.shard_name(1, 1) == "diffusion_pytorch_model.safetensors"
+    assert checkpoint.left_out == {
+        "diffusion_pytorch_model.fp16.safetensors": "not a shard of this checkpoint",
+        "diffusion_pytorch_model.safetensors.index.fp16.json": "index of other weights",
+    }
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_mistrals_own_layout_has_its_config_in_params_json(tmp_path, as_file):
+    folder = write_mistral(tmp_path / "model", {"norm.weight": torch.ones(4)})
+    checkpoint = read(folder / "consolidated.safetensors" if as_file else folder)
+    assert checkpoint.shards == ("consolidated.safetensors",)
+    assert checkpoint.config == {"dim": 128, "n_layers": 2, "head_dim": 32}
+    assert checkpoint.layout == Layout("consolidated", "params.json")
+    assert checkpoint.side_files == ()
+
+
+def test_with_both_configs_the_weights_decide_which_one_counts(single):
+    write_json(single / "params.json", {"dim": 8})
+    (single / "model.safetensors").rename(single / "consolidated.safetensors")
+    checkpoint = read(single)
+    assert (checkpoint.config, checkpoint.side_files) == ({"dim": 8}, ("config.json",))
+    save_file({"a": torch.ones(4)}, single / "model.safetensors")
+    checkpoint = read(single)
+    assert (checkpoint.config, checkpoint.side_files) == (CONFIG, ("params.json",))
+    assert checkpoint.shards == ("model.safetensors",)
 
 
 @pytest.mark.parametrize("config", [CONFIG, None])
@@ -192,6 +245,37 @@ def test_other_weights_are_left_out_with_a_reason(sharded):
     }
 
 
+def test_an_adapter_beside_the_model_is_left_out(single):
+    files = ["adapter_model.safetensors", "adapter_model-00001-of-00002.safetensors", "adapter_model.safetensors.index.json"]
+    files += ["adapter_model.bin", "adapter_config.json", "vision-lora/adapter_model.safetensors", "vision-lora/adapter_config.json"]
+    for file in files:
+        (single / file).parent.mkdir(exist_ok=True)
+        (single / file).write_bytes(b"never read")
+    (single / "adapter_modeling.py").write_text("class Adapter: ...")
+    checkpoint = read(single)
+    assert checkpoint.shards == ("model.safetensors",)
+    assert checkpoint.left_out == dict.fromkeys(files, "LoRA adapter")
+    assert checkpoint.side_files == ("adapter_modeling.py",)
+
+
+def test_descriptions_of_another_quantization_are_left_out(single):
+    files = ["hf_quant_config.json", "quantize_config.json", "quant_config.json"]
+    for file in files:
+        write_json(single / file, {"quant_method": "gptq"})
+    write_json(single / "params.json", {"dim": 8, "quantization": {"qformat_weight": "fp8_e4m3"}})
+    checkpoint = read(single)
+    assert checkpoint.left_out == dict.fromkeys([*files, "params.json"], "describes another quantization")
+    assert checkpoint.side_files == ()
+
+
+@pytest.mark.parametrize("content", ['{"dim": 8}', '{"dim": 8, "quantization": {}}', "[1]", "no JSON"])
+def test_a_params_json_of_any_other_content_is_a_side_file(single, content):
+    (single / "params.json").write_text(content)
+    checkpoint = read(single)
+    assert checkpoint.side_files == ("params.json",)
+    assert (checkpoint.layout, checkpoint.config) == (Layout("model", "config.json"), CONFIG)
+
+
 def test_a_model_safetensors_wins_over_files_beside_it_where_no_index_decides(single):
     save_file({"a": torch.ones(9)}, single / "consolidated.safetensors")
     checkpoint = read(single)
@@ -214,9 +298,60 @@ def test_a_folder_without_weights_is_refused(single):
     assert refusal(single) == f"{single} holds no .safetensors file"
 
 
-def test_several_files_without_an_index_are_refused(sharded):
+def test_several_files_without_an_index_are_refused(tmp_path):
+    folder = write_single(tmp_path / "model", "one.safetensors")
+    save_file({"b": torch.ones(4)}, folder / "two.safetensors")
+    said = f"{folder} holds 2 .safetensors files and no {INDEX} that says which belong together; give one of them as SOURCE"
+    assert refusal(folder) == said
+
+
+@pytest.mark.parametrize("missing", [FIRST, SECOND])
+def test_numbered_shards_of_which_one_is_missing_are_refused_by_its_name(sharded, missing):
+    for file in (INDEX, missing):
+        (sharded / file).unlink()
+    save_file({"a": torch.ones(4)}, sharded / "consolidated.safetensors")  # no way out: it may be another model
+    assert refusal(sharded) == f"{missing} is not in {sharded}, which holds 1 of the 2; is the download complete?"
+
+
+def test_numbered_shards_of_two_counts_are_refused(sharded):
     (sharded / INDEX).unlink()
-    assert refusal(sharded) == f"{sharded} holds 2 .safetensors files and no {INDEX} that says which belong together"
+    extra = "model-00003-of-00003.safetensors"
+    save_file({"d": torch.ones(4)}, sharded / extra)
+    assert refusal(sharded) == f"{sharded} holds {extra} besides {FIRST} to {SECOND}; add {INDEX} or take it away"
+
+
+@pytest.mark.parametrize("pipeline", [True, False])
+def test_a_pipeline_of_diffusers_is_refused_with_the_folders_to_point_at(tmp_path, pipeline):
+    folder = tmp_path / "pipeline"
+    write_single(folder / "transformer", "diffusion_pytorch_model.safetensors")
+    write_single(folder / "text_encoder")
+    if pipeline:
+        write_json(folder / "model_index.json", {"_class_name": "FluxPipeline"})
+        save_file({"a": torch.ones(4)}, folder / "flux1-dev.safetensors")
+    said = f"{folder} has its weights in subfolders; give one as SOURCE: {folder}/text_encoder, {folder}/transformer"
+    assert refusal(folder) == said
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth", "model.pt"])
+def test_pickles_alone_are_refused_with_the_reason(single, file):
+    (single / "model.safetensors").rename(single / file)
+    said = f"{single} holds no .safetensors file, but pickles such as {file}, which can run code when opened and are not read; "
+    assert refusal(single) == said + "save the model as safetensors first, as save_pretrained of transformers does"
+
+
+def test_gguf_alone_is_refused_with_the_reason(single):
+    (single / "model.safetensors").rename(single / "model-Q4_K_M.gguf")
+    said = f"{single} holds only GGUF files, llama.cpp's own format; give the safetensors checkpoint they were made from as SOURCE"
+    assert refusal(single) == said
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_model-00001-of-00002.safetensors", "adapter_model.bin"])
+def test_an_adapter_alone_is_refused(single, file):
+    (single / "model.safetensors").rename(single / file)
+    said = "holds nothing but a LoRA adapter; merge it into its base model first and give the merged model as SOURCE"
+    assert refusal(single) == f"{single} {said}"
+    if file.endswith(".safetensors"):
+        assert refusal(single / file) == f"{file} {said}"
 
 
 def test_a_missing_shard_is_refused(sharded):

@@ -1,7 +1,7 @@
 """Where a checkpoint comes from, and what is in it: files, headers, config.
 
-A `Source` lists files and reads bytes; `read_checkpoint` finds out the rest from headers alone. A new kind of source (the
-Hub, an object store) is a new class with the four methods of `Source`.
+A `Source` lists files and reads bytes; layout.py tells from their names what they are; `read_checkpoint` reads index, config and
+headers. A new kind of source (the Hub, an object store) is a new class with what `Source` has.
 """
 
 import errno
@@ -15,24 +15,28 @@ from types import MappingProxyType
 from typing import Any, Protocol, Self
 
 from streamquant.checkpoint.header import LENGTH_BYTES, TensorSpec, header_length, parse_header, parse_object
+from streamquant.checkpoint.journal import RECORD_NAME
+from streamquant.checkpoint.layout import (
+    CONFIG_NAMES,
+    DESCRIBES_ANOTHER_QUANTIZATION,
+    QUANTIZATION_KEYS,
+    Layout,
+    layout_of_file,
+    layout_of_folder,
+    reason_to_leave_out,
+)
 from streamquant.errors import CheckpointError
 
-INDEX_NAME = "model.safetensors.index.json"
-CONFIG_NAME = "config.json"
 MAX_JSON_BYTES = 256 << 20
 COPY_CHUNK_BYTES = 8 << 20
-# Weights in other containers. They would be a second, unquantized copy of the model in the output.
-OTHER_WEIGHTS = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz", ".tflite",
-)  # fmt: skip
 SKIPPED_FOLDERS = {".git", ".cache", ".streamquant"}
-WRITTEN_BY_US = {CONFIG_NAME, INDEX_NAME, "streamquant.json"}
 
 
 class Source(Protocol):
     """A folder of files, read by position."""
 
     name: str
+    is_file: bool  # one file of weights, whatever lies beside it
 
     def sizes(self) -> Mapping[str, int]:
         """Bytes of every file, by name relative to the folder with forward slashes."""
@@ -48,7 +52,7 @@ class Source(Protocol):
 
 
 class LocalSource:
-    """A directory, or one safetensors file with the config.json beside it. Reads with pread and maps nothing."""
+    """A directory, or one safetensors file with the config beside it. Reads with pread and maps nothing."""
 
     def __init__(self, path: str | os.PathLike[str]):
         path = Path(path)
@@ -76,20 +80,15 @@ class LocalSource:
     def sizes(self) -> dict[str, int]:
         """Bytes of every regular file; links to files are followed (the Hub cache is made of them), links to folders are not."""
         if self.is_file:
-            beside = [name for name in (self._file, CONFIG_NAME) if (self.folder / name).is_file()]
-            return {name: (self.folder / name).stat().st_size for name in beside}
+            configs = [name for name in CONFIG_NAMES if (self.folder / name).is_file()]
+            config = layout_of_file(self._file, configs).config_name
+            return {name: _size(self.folder / name) for name in (self._file, *configs) if name in {self._file, config}}
         sizes = {}
         for folder, subfolders, files in os.walk(self.folder, onerror=_raise):
             subfolders[:] = sorted(set(subfolders) - SKIPPED_FOLDERS)
             for name in sorted(files):
                 path = Path(folder, name)
-                try:
-                    status = path.stat()
-                except OSError as error:  # a link to nothing, to itself, to where we may not look
-                    raise CheckpointError(f"{path} leads to no file: {error.strerror}") from None
-                if not stat.S_ISREG(status.st_mode):
-                    raise CheckpointError(f"{path} is not a regular file")
-                sizes[path.relative_to(self.folder).as_posix()] = status.st_size
+                sizes[path.relative_to(self.folder).as_posix()] = _size(path)
         return sizes
 
     def stamp(self, file: str) -> str:
@@ -139,8 +138,14 @@ class Checkpoint:
     tensors: Mapping[str, TensorSpec]  # in source order
     config: Mapping[str, Any] | None
     side_files: tuple[str, ...]  # neither weights nor files that a conversion writes anew
+    layout: Layout = field(default_factory=Layout)
     left_out: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))  # file -> reason
     identity: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))  # shard -> what it changes with
+
+    @property
+    def quantization(self) -> Any:
+        """What the config says about the quantization, None if it says nothing."""
+        return (self.config or {}).get(self.layout.quantization_key)
 
 
 def read_checkpoint(source: Source) -> Checkpoint:
@@ -149,8 +154,9 @@ def read_checkpoint(source: Source) -> Checkpoint:
     Raises CheckpointError if a file is missing, damaged or contradicts another.
     """
     sizes = source.sizes()
-    weight_map = _read_index(source, sizes)
-    shards = _choose_shards(source, sizes, weight_map)
+    layout, shards = _lay_out(source, sizes)
+    weight_map = {} if shards else _read_index(source, layout.index_name, sizes)
+    shards = shards or tuple(sorted(set(weight_map.values())))
     tensors: dict[str, TensorSpec] = {}
     identity = {}
     for shard in shards:
@@ -162,24 +168,21 @@ def read_checkpoint(source: Source) -> Checkpoint:
             tensors[spec.name] = spec
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].file != shard:
-            raise CheckpointError(f"{INDEX_NAME} places {name} in {shard}, which does not have it")
+            raise CheckpointError(f"{layout.index_name} places {name} in {shard}, which does not have it")
 
-    left_out = {}
-    for file in sizes:
-        if file.endswith(".safetensors") and file not in shards:
-            left_out[file] = "not a shard of this checkpoint"
-        elif file.endswith(OTHER_WEIGHTS) and file not in shards:
-            left_out[file] = "weights in another format"
-        elif file.endswith(".index.json") and file != INDEX_NAME:
-            left_out[file] = "index of other weights"
-    written = WRITTEN_BY_US | set(shards)
-    config = _read_json(source, CONFIG_NAME, sizes[CONFIG_NAME]) if CONFIG_NAME in sizes else None
+    config = _read_json(source, layout.config_name, sizes[layout.config_name]) if layout.config_name in sizes else None
+    left_out = {file: reason for file in sizes if file not in shards and (reason := reason_to_leave_out(file, layout))}
+    for file in CONFIG_NAMES:
+        if file in sizes and file != layout.config_name and _describes_quantization(source, file, sizes[file]):
+            left_out[file] = DESCRIBES_ANOTHER_QUANTIZATION
+    written = {layout.config_name, layout.index_name, RECORD_NAME, *shards}
     return Checkpoint(
         source=source.name,
         shards=shards,
         tensors=MappingProxyType(tensors),
         config=None if config is None else MappingProxyType(config),
         side_files=tuple(file for file in sizes if file not in left_out and file not in written),
+        layout=layout,
         left_out=MappingProxyType(left_out),
         identity=MappingProxyType(identity),
     )
@@ -187,6 +190,16 @@ def read_checkpoint(source: Source) -> Checkpoint:
 
 def _raise(error: OSError) -> None:
     raise error
+
+
+def _size(path: Path) -> int:
+    try:
+        status = path.stat()
+    except OSError as error:  # a link to nothing, to itself, to where we may not look
+        raise CheckpointError(f"{path} leads to no file: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path} is not a regular file")
+    return status.st_size
 
 
 def _read_header(source: Source, shard: str, file_bytes: int) -> bytes:
@@ -205,34 +218,35 @@ def _read_json(source: Source, file: str, num_bytes: int) -> dict[str, Any]:
     return parse_object(bytes(text), file=file)
 
 
-def _read_index(source: Source, sizes: Mapping[str, int]) -> dict[str, str]:
-    """The weight map of the index, or an empty one where there is no index."""
-    if INDEX_NAME not in sizes:
-        return {}
-    weight_map = _read_json(source, INDEX_NAME, sizes[INDEX_NAME]).get("weight_map")
+def _describes_quantization(source: Source, file: str, num_bytes: int) -> bool:
+    """Whether a config that is a mere side file here, and may be anything, describes a quantization."""
+    try:
+        return bool(_read_json(source, file, num_bytes).get(QUANTIZATION_KEYS[file]))
+    except CheckpointError:
+        return False
+
+
+def _lay_out(source: Source, sizes: Mapping[str, int]) -> tuple[Layout, tuple[str, ...]]:
+    """The layout, and the shards where no index lists them."""
+    if not source.is_file:
+        return layout_of_folder(sizes, where=source.name)
+    (file,) = (name for name in sizes if name not in CONFIG_NAMES)
+    return layout_of_file(file, sizes), (file,)
+
+
+def _read_index(source: Source, index_name: str, sizes: Mapping[str, int]) -> dict[str, str]:
+    """The weight map of the index."""
+    weight_map = _read_json(source, index_name, sizes[index_name]).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{INDEX_NAME}: weight_map must map tensor names to file names")
+        raise CheckpointError(f"{index_name}: weight_map must map tensor names to file names")
     if not weight_map:
-        raise CheckpointError(f"{INDEX_NAME}: weight_map is empty")
+        raise CheckpointError(f"{index_name}: weight_map is empty")
     for shard in sorted(set(weight_map.values())):
         path = PurePosixPath(shard)
         if path.is_absolute() or ".." in path.parts or "\\" in shard or "\0" in shard:
-            raise CheckpointError(f"{INDEX_NAME} names {shard!r}, which leaves the folder")
+            raise CheckpointError(f"{index_name} names {shard!r}, which leaves the folder")
         if not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{INDEX_NAME} names {shard!r}, which is not a .safetensors file")
+            raise CheckpointError(f"{index_name} names {shard!r}, which is not a .safetensors file")
         if shard not in sizes:
-            raise CheckpointError(f"{INDEX_NAME} names {shard}, which is not in {source.name}; is the download complete?")
+            raise CheckpointError(f"{index_name} names {shard}, which is not in {source.name}; is the download complete?")
     return weight_map
-
-
-def _choose_shards(source: Source, sizes: Mapping[str, int], weight_map: Mapping[str, str]) -> tuple[str, ...]:
-    if weight_map:
-        return tuple(sorted(set(weight_map.values())))
-    files = sorted(file for file in sizes if file.endswith(".safetensors") and "/" not in file)
-    if "model.safetensors" in files:
-        return ("model.safetensors",)
-    if not files:
-        raise CheckpointError(f"{source.name} holds no .safetensors file")
-    if len(files) > 1:
-        raise CheckpointError(f"{source.name} holds {len(files)} .safetensors files and no {INDEX_NAME} that says which belong together")
-    return (files[0],)

@@ -56,6 +56,7 @@ OTHER_TOOLS = {
     "bitsandbytes__fp4": "bitsandbytes", "W_q": "HQQ", "codebooks": "AQLM", "Qidxs": "QuIP#", "trellis": "EXL3", "q_weight": "EXL2",
 }  # fmt: skip
 DTYPE_OF = {"bfloat16": "BF16", "float16": "F16"}
+STATED_KEYS = ("quantization_config", "compression_config")
 LANGUAGE_KEYS = ("text_config", "llm_config", "language_config")
 
 
@@ -80,15 +81,12 @@ class Inventory:
                 yield from item.weights
 
 
-def stated_quantization(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """What config.json says of how the checkpoint is quantized, at its top or in the language model's part; empty if nothing."""
-    top = config or {}
-    for owner in (top, *(top[key] for key in LANGUAGE_KEYS if isinstance(top.get(key), dict))):
-        for key in ("quantization_config", "compression_config"):
-            if isinstance(owner.get(key), dict):
-                stated: Mapping[str, Any] = owner[key]
-                return stated
-    return {}
+def stated_quantization(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """What the config says of how the checkpoint is quantized, at its top or in the language model's part; empty if nothing."""
+    top = checkpoint.config or {}
+    nested = [top[key] for key in LANGUAGE_KEYS if isinstance(top.get(key), dict)]
+    said = [checkpoint.quantization, *(owner.get(key) for owner in (*nested, top) for key in STATED_KEYS)]
+    return next((stated for stated in said if isinstance(stated, dict)), {})
 
 
 def find_weights(checkpoint: Checkpoint, source: Source, *, expert_layout: str | None = None) -> Inventory:
@@ -97,7 +95,7 @@ def find_weights(checkpoint: Checkpoint, source: Source, *, expert_layout: str |
     `expert_layout`: one of LAYOUTS, of 3-D stacks whose layout the model type does not tell. What does not fit together ends up in
     `problems`; nothing raises.
     """
-    stated = stated_quantization(checkpoint.config)
+    stated = stated_quantization(checkpoint)
     hints = _hints(checkpoint.config, stated, source, expert_layout)
     problems: list[str] = []
     item_of = _stored_together(checkpoint, hints, problems)
