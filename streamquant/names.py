@@ -1,6 +1,6 @@
-"""What the name of a tensor says about its place in a model: fused partners, and what is kept unless asked for.
+"""What the name of a tensor says about its place in a model: its role, fused partners, and what is kept unless asked for.
 
-Both are tables, written by hand from what engines do (vLLM's `packed_modules_mapping` and model files).
+All are tables, written by hand from what engines do (vLLM's `packed_modules_mapping` and model files).
 """
 
 import re
@@ -43,10 +43,30 @@ FUSED_SETS = (
 
 EMBEDDING = "embedding"
 MTP = "multi-token prediction"
-_TOWER = re.compile(r"(visual|vision|audio|image|video|speech)(_.*)?|(.*_)?projector|embed_(vision|audio)|vit|resampler")
-_MTP = re.compile(r"mtp(_.*)?|.*nextn.*")
-_EMBEDDING = re.compile(r"embed(_.*)?|w[tp]e|(.*_)?embed(ding)?s?|embed_tokens.*")
-_ROUTER = re.compile(r"gate|router.*|shared_expert_gate")
+# Roles of modules that are kept unless asked for, with the reason that the plan gives, and all roles. Of several the first wins.
+KEPT_ROLES = {
+    "vision": "vision or audio tower, or projector",
+    "mtp": MTP,
+    "lm_head": "lm_head",
+    "embeddings": EMBEDDING,
+    "routers": "router",
+}
+ROLES = (*KEPT_ROLES, "shared_experts", "experts", "attention", "mlp")
+# What one part of a name says about every module below it.
+_ROLE_OF_PART = {
+    "vision": re.compile(r"(visual|vision|audio|image|video|speech)(_.*)?|(.*_)?projector|embed_(vision|audio)|vit|resampler"),
+    "mtp": re.compile(r"mtp(_.*)?|.*nextn.*|eh_proj|enorm|hnorm|shared_head"),
+    "lm_head": re.compile(r"lm_head|embed_out"),
+    "embeddings": re.compile(r"embed(_.*)?|w[tp]e|(.*_)?embed(ding)?s?|embed_tokens.*"),
+    "routers": re.compile(r"gate|router.*|shared_expert_gate"),
+    "shared_experts": re.compile(r"shared?_experts?|shared_mlp"),
+    "experts": re.compile(r"experts"),
+    "attention": re.compile(r"(.*_)?(attn|attention)|(Self|EncDec)Attention"),
+    "mlp": re.compile(r"(.*_)?mlps?|feed_?forward|ffn|DenseReluDense"),
+}
+_HEADS = {"output", "model.output", "head"}
+# Nemotron-H calls every kind of layer `mixer`; the projections tell.
+_ROLE_IN_MIXER = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attention") | dict.fromkeys(("up_proj", "down_proj"), "mlp")
 _STATE_SPACE = {"conv1d", "x_proj", "dt_proj", "in_proj_a", "in_proj_b", "in_proj_ba"}
 _PROJECTION = re.compile(r".*_proj(_.*)?|w\d|wq.*|wk.*|wv|wo|fc\d?|c_fc.*|(up|down|gate)|q|k|v|o|dense.*|linear.*|key|query|value")
 _EXPERT = re.compile(r"(.*\.)?experts\.\d+\..*")
@@ -73,6 +93,11 @@ class ModelFacts:
             num_experts=next((text[key] for key in expert_keys if type(text.get(key)) is int), None),
         )
 
+    def is_past_the_layers(self, module: str) -> bool:
+        """Whether the module lies in a layer behind those of the model, which only predicts more tokens."""
+        layer = _LAYER.search(module)
+        return layer is not None and self.num_layers is not None and int(layer[1]) >= self.num_layers
+
 
 def module_name(tensor: str) -> str:
     """The module that a weight belongs to; other tensors stand for themselves."""
@@ -91,27 +116,38 @@ def is_expert(module: str) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _kind_of_part(part: str) -> str | None:
-    """What one part of a name tells about every module below it."""
-    kinds = {"vision or audio tower, or projector": _TOWER, MTP: _MTP, EMBEDDING: _EMBEDDING, "router": _ROUTER}
-    return next((kind for kind, expression in kinds.items() if expression.fullmatch(part)), None)
+def _role_of_part(part: str) -> str | None:
+    return next((role for role, expression in _ROLE_OF_PART.items() if expression.fullmatch(part)), None)
 
 
-def reason_to_keep(module: str, num_rows: int, facts: ModelFacts) -> str | None:
-    """Why the 2-D weight of `module` is not quantized unless it is asked for by name, or None."""
+def role_of(module: str, num_rows: int | None, facts: ModelFacts, *, besides: str | None = None) -> str | None:
+    """The role of a module in ROLES, or None where its name leaves that open.
+
+    `num_rows`: of its weight, if that is a matrix. `besides`: a role not to consider.
+    """
+    parts = module.split(".")
+    roles = set(map(_role_of_part, parts))
+    if "vision" not in roles:  # numbers of the language model say nothing about a tower
+        if facts.is_past_the_layers(module):
+            roles.add("mtp")
+        if module in _HEADS:
+            roles.add("lm_head")
+        # Qwen3-Next has 512 experts and k_proj of 512 rows: a row count alone does not make a router.
+        if num_rows is not None and num_rows == facts.num_experts and not _PROJECTION.fullmatch(parts[-1]):
+            roles.add("routers")
+    roles.discard(besides)
+    if parts[-2:-1] == ["mixer"] and not roles.intersection(ROLES):
+        return _ROLE_IN_MIXER.get(parts[-1])
+    return next((role for role in ROLES if role in roles), None)
+
+
+def reason_to_keep(module: str, role: str | None) -> str | None:
+    """Why the 2-D weight of a module of this role is not quantized unless it is asked for by name, or None."""
+    if role in KEPT_ROLES:
+        by_rows = role == "routers" and role not in map(_role_of_part, module.split("."))
+        return KEPT_ROLES[role] + " (as many rows as experts)" * by_rows
     parts = module.split(".")
     leaf = parts[-1]
-    layer = _LAYER.search(module)
-    if layer is not None and facts.num_layers is not None and int(layer[1]) >= facts.num_layers:
-        return MTP
-    for kind in map(_kind_of_part, parts):
-        if kind is not None:
-            return kind
-    if leaf == "lm_head" or module in {"output", "model.output"}:
-        return "lm_head"
-    # Qwen3-Next has 512 experts and k_proj of 512 rows: a row count alone does not make a router.
-    if num_rows == facts.num_experts and not _PROJECTION.fullmatch(leaf):
-        return "router (as many rows as experts)"
     if leaf in _STATE_SPACE:
         return "state space or linear attention parameter"
     if leaf == "kv_b_proj":

@@ -6,7 +6,7 @@ Pure: reads nothing but the headers and the config in a `Checkpoint`. Whatever c
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from streamquant.checkpoint.source import Checkpoint
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.names import (
     EMBEDDING,
+    ROLES,
     WEIGHT_SUFFIX,
     ModelFacts,
     fused_groups,
@@ -25,6 +26,7 @@ from streamquant.names import (
     is_stored_quantized,
     module_name,
     reason_to_keep,
+    role_of,
 )
 from streamquant.quantization_config import describe_quantization, is_named_only
 from streamquant.recipe import Matcher, Recipe, Rule
@@ -227,24 +229,25 @@ def _decide(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Decision]:
     used: set[int | None] = set()
     included: set[int | None] = set()
     decisions: dict[str, Decision] = {}
+    roles: dict[str, str | None] = {}  # of the modules with a matrix
     for name, spec in checkpoint.tensors.items():
-        module = module_name(name)
         if not _is_matrix(spec):
             decisions[name] = Keep(NOT_A_MATRIX)
             continue
-        index, include_index = rules.first(module), include.first(module)
+        module = module_name(name)
+        role = roles[module] = role_of(module, spec.shape[0], facts)
+        index, include_index = rules.first(module, role), include.first(module, role)
         used.add(index)
         included.add(include_index)
-        default = reason_to_keep(module, spec.shape[0], facts) if include_index is None else None
+        default = reason_to_keep(module, role) if include_index is None else None
         decisions[name] = _decision(spec, None if index is None else recipe.rules[index], default=default)
-    modules = [module_name(name) for name in checkpoint.tensors]
-    matrices = [module_name(name) for name, spec in checkpoint.tensors.items() if _is_matrix(spec)]
     # A pattern that matches nothing is a mistake. One that gives a scheme must match something that could have one.
-    for number in rules.unmatched(matrices, used={index for index in used if index is not None}):
-        _refuse_unmatched(recipe.rules[number], modules=modules, matrices=matrices)
-    for number in include.unmatched(matrices, used={index for index in included if index is not None}):
+    for number in rules.unmatched(roles, used={index for index in used if index is not None}):
+        others = {module: role_of(module, None, facts) for module in map(module_name, checkpoint.tensors) if module not in roles}
+        _refuse_unmatched(recipe.rules[number], modules=others | roles, matrices=roles)
+    for number in include.unmatched(roles, used={index for index in included if index is not None}):
         pattern = recipe.include[number]
-        raise RequestError(f"--include: pattern {pattern!r} matches no weight that can be quantized{_hint(pattern, matrices)}")
+        raise RequestError(f"--include: {_called(pattern)} matches no weight that can be quantized{_hint(pattern, roles)}")
     return decisions
 
 
@@ -268,16 +271,20 @@ def _decision(spec: TensorSpec, rule: Rule | None, *, default: str | None) -> De
     return rule.scheme.for_expert() if is_expert(module_name(spec.name)) else rule.scheme
 
 
-def _refuse_unmatched(rule: Rule, *, modules: Sequence[str], matrices: Sequence[str]) -> None:
-    """Raise RequestError for a rule that matches no matrix, unless it keeps something else."""
+def _refuse_unmatched(rule: Rule, *, modules: Mapping[str, str | None], matrices: Mapping[str, str | None]) -> None:
+    """Raise RequestError for a rule that matches no matrix, unless it keeps something else. Modules come with their roles."""
     if rule.scheme is not None:
         hint = _hint(rule.pattern, matrices)
-        raise RequestError(f"{rule.origin}: pattern {rule.pattern!r} matches no weight that can be quantized{hint}")
-    if not any(map(Matcher([rule.pattern]).matches, modules)):
-        raise RequestError(f"{rule.origin}: pattern {rule.pattern!r} matches no module{_hint(rule.pattern, modules)}")
+        raise RequestError(f"{rule.origin}: {_called(rule.pattern)} matches no weight that can be quantized{hint}")
+    if not Matcher([rule.pattern]).matches_any(modules):
+        raise RequestError(f"{rule.origin}: {_called(rule.pattern)} matches no module{_hint(rule.pattern, modules)}")
 
 
-def _hint(pattern: str, modules: Sequence[str]) -> str:
+def _called(pattern: str) -> str:
+    return f"{'role' if pattern in ROLES else 'pattern'} {pattern!r}"
+
+
+def _hint(pattern: str, modules: Iterable[str]) -> str:
     """A module whose last parts are the pattern, offered where a plain name matches nothing."""
     if not pattern.startswith("re:") and any(module.endswith("." + pattern) for module in modules):
         return f" (did you mean '*.{pattern}'?)"

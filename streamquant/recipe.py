@@ -1,8 +1,9 @@
 """Recipes: ordered rules that say which module gets which scheme.
 
-The first rule whose pattern matches a module decides. Patterns are names of modules (`model.layers.3`), globs (`*.self_attn`; `*`
-crosses dots), both of which stand for the modules below as well, or regular expressions (`re:.*q_proj`, matched from the start as
-compressed-tensors does). Modules that are kept by default (names.py) stay kept, whatever a rule says, unless `include` names them.
+The first rule whose pattern matches a module decides. Patterns are roles (`experts`; names.py has them all), names of modules
+(`model.layers.3`), globs (`*.self_attn`; `*` crosses dots), both of which stand for the modules below as well, or regular expressions
+(`re:.*q_proj`, matched from the start as compressed-tensors does). Modules that are kept by default (names.py) stay kept, whatever a
+rule says, unless `include` names them.
 
 A recipe file is TOML:
 
@@ -23,12 +24,13 @@ A recipe file is TOML:
 import fnmatch
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from streamquant.errors import RequestError
+from streamquant.names import ROLES
 from streamquant.schemes import Scheme, find_scheme
 
 SCHEME_SETTINGS = ("observer", "group_size", "symmetric", "strategy", "scale_dtype")
@@ -141,10 +143,11 @@ def _option(name: str) -> str:
 
 
 class Matcher:
-    """Finds the first of many patterns that matches a name, with one compiled expression for all of them."""
+    """Finds the first of many patterns that matches a module, with one compiled expression for all of them."""
 
     def __init__(self, patterns: Sequence[str]):
         self.patterns = tuple(patterns)
+        self._roles: dict[str | None, int] = {}
         self._exact: dict[str, int] = {}
         alternatives = []
         for index, pattern in enumerate(self.patterns):
@@ -153,15 +156,16 @@ class Matcher:
             if pattern.startswith("re:") or any(mark in pattern for mark in "*?["):
                 alternatives.append(f"(?P<p{index}>{_expression(pattern)})")
             else:
-                self._exact.setdefault(pattern, index)
+                plain = self._roles if pattern in ROLES else self._exact
+                plain.setdefault(pattern, index)
         try:
             self._expression = re.compile("|".join(alternatives)) if alternatives else None
         except re.error as error:
             raise RequestError(f"patterns do not combine into one regular expression: {error}") from None
 
-    def first(self, name: str) -> int | None:
-        """The index of the first pattern that matches `name`, or None."""
-        found = []
+    def first(self, name: str, role: str | None) -> int | None:
+        """The index of the first pattern that matches the module of this name and role, or None."""
+        found = [self._roles[role]] if role in self._roles else []
         if self._exact:
             end = len(name)
             while end > 0:  # the module itself, then each module around it
@@ -172,14 +176,14 @@ class Matcher:
             found.append(int(str(match.lastgroup)[1:]))
         return min(found, default=None)
 
-    def unmatched(self, names: Sequence[str], *, used: Iterable[int]) -> list[int]:
-        """The indices of the patterns that match none of `names`; those `used` are known to be the first match of one."""
+    def unmatched(self, roles: Mapping[str, str | None], *, used: Iterable[int]) -> list[int]:
+        """The indices of the patterns that match none of the modules in `roles`; those `used` are known to be the first match of one."""
         suspects = sorted(set(range(len(self.patterns))).difference(used))
-        return [index for index in suspects if not any(map(Matcher([self.patterns[index]]).matches, names))]
+        return [index for index in suspects if not Matcher([self.patterns[index]]).matches_any(roles)]
 
-    def matches(self, name: str) -> bool:
-        """Whether any pattern matches `name`."""
-        return self.first(name) is not None
+    def matches_any(self, roles: Mapping[str, str | None]) -> bool:
+        """Whether any pattern matches any of these modules, given with their roles."""
+        return any(self.first(name, role) is not None for name, role in roles.items())
 
 
 def _expression(pattern: str) -> str:

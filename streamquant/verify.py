@@ -18,7 +18,7 @@ from streamquant.checkpoint.header import TensorSpec, parse_object
 from streamquant.checkpoint.source import INDEX_NAME, Checkpoint, LocalSource, read_checkpoint
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.memory import BLOCK_ELEMENTS, COPY_BYTES, row_blocks
-from streamquant.names import EMBEDDING, WEIGHT_SUFFIX, ModelFacts, fused_groups, is_stored_quantized, module_name, reason_to_keep
+from streamquant.names import WEIGHT_SUFFIX, ModelFacts, fused_groups, is_stored_quantized, module_name, role_of
 from streamquant.plan import QUANTIZABLE, TORCH_DTYPES, stored_tensors
 from streamquant.quantization_config import quantized_modules
 from streamquant.schemes import Scheme
@@ -161,7 +161,7 @@ def _inventory(
     facts = ModelFacts.from_config(checkpoint.config)
     for module, spec in dense.items():
         scheme = scheme_of(module)
-        if scheme is not None and reason_to_keep(module, spec.shape[0], facts) != EMBEDDING:
+        if scheme is not None and role_of(module, spec.shape[0], facts) != "embeddings":
             problems.append(f"{module} is stored as {spec.dtype}, but quantization_config says {scheme.preset}")
     return stored, problems
 

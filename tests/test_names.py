@@ -2,7 +2,7 @@
 
 import pytest
 
-from streamquant.names import EMBEDDING, ModelFacts, fused_groups, reason_to_keep
+from streamquant.names import EMBEDDING, KEPT_ROLES, ModelFacts, fused_groups, reason_to_keep, role_of
 
 LAYER = "model.layers.3."
 
@@ -44,6 +44,8 @@ FACTS = ModelFacts(num_layers=61, num_experts=512)
     [
         ("lm_head", "lm_head"),
         ("output", "lm_head"),
+        ("embed_out", "lm_head"),
+        ("language_model.lm_head", "lm_head"),
         ("model.embed_tokens", EMBEDDING),
         ("transformer.wte", EMBEDDING),
         ("bert.embeddings.word_embeddings", EMBEDDING),
@@ -65,6 +67,7 @@ FACTS = ModelFacts(num_layers=61, num_experts=512)
         ("multi_modal_projector.linear_1", "tower"),
         ("mm_projector.gate_proj", "tower"),
         ("audio_tower.layers.0.self_attn.q_proj", "tower"),
+        ("vision_tower.encoder.layers.70.mlp.fc1", "tower"),  # more layers than the language model
         ("mtp.fc", "multi-token"),
         ("model.layers.61.eh_proj", "multi-token"),
         ("model.layers.61.mlp.experts.0.up_proj", "multi-token"),
@@ -72,7 +75,7 @@ FACTS = ModelFacts(num_layers=61, num_experts=512)
     ],
 )
 def test_what_is_kept_by_default(module: str, part_of_reason: str) -> None:
-    assert part_of_reason in str(reason_to_keep(module, 512, FACTS))
+    assert part_of_reason in str(reason_to_keep(module, role_of(module, 512, FACTS)))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +87,45 @@ def test_what_is_kept_by_default(module: str, part_of_reason: str) -> None:
 )  # fmt: skip
 def test_projections_are_not_mistaken_for_routers_even_with_as_many_rows_as_experts(module: str) -> None:
     """Qwen3-Next has 512 experts, k_proj of 512 rows and experts of 512 rows."""
-    assert reason_to_keep(LAYER + module, 512, FACTS) is None
+    role = role_of(LAYER + module, 512, FACTS)
+    assert role not in KEPT_ROLES
+    assert reason_to_keep(LAYER + module, role) is None
+
+
+@pytest.mark.parametrize(
+    ("role", "modules"),
+    [
+        ("experts", ["mlp.experts.0.gate_proj", "block_sparse_moe.experts.3.w1", "feed_forward.experts.1.down_proj",
+                     "mixer.experts.0.up_proj", "ffn.experts.mlp.w1"]),
+        ("shared_experts", ["mlp.shared_expert.up_proj", "mlp.shared_experts.down_proj", "mixer.shared_experts.up_proj", "shared_mlp.w1",
+                            "feed_forward.shared_expert.gate_proj", "share_expert.up_proj"]),
+        ("attention", ["self_attn.qkv_proj", "attention.wqkv", "attn.c_attn", "linear_attn.in_proj_qkvz", "linear_attn.out_proj",
+                       "self_attention.query_key_value", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.indexer.wk",
+                       "cross_attn.q_proj", "mixer.k_proj", "attn.wq_a", "self_attn.kv_b_proj", "SelfAttention.q", "self_attn.0.o_proj"]),
+        ("mlp", ["mlp.gate_proj", "mlp.c_fc", "feed_forward.w1", "ffn.w2", "mixer.down_proj", "residual_mlp.w1", "mlps.0.up_proj",
+                 "mlp.gate_up_proj"]),
+        ("routers", ["mlp.gate", "mlp.shared_expert_gate", "mixer.gate", "router.proj", "mlp.router.classifier"]),
+        (None, ["fc1", "conv.in_proj", "mixer.in_proj", "mamba.out_proj", "mixer.fc1_latent_proj", "per_layer_input_gate"]),
+    ],
+)  # fmt: skip
+def test_the_parts_of_a_name_tell_the_role(role: str | None, modules: list[str]) -> None:
+    assert {module: role_of(LAYER + module, 64, FACTS) for module in modules} == dict.fromkeys(modules, role)
+
+
+@pytest.mark.parametrize(
+    ("role", "module"),
+    [
+        ("vision", "model.visual.blocks.0.attn.qkv"),
+        ("vision", "vision_tower.encoder.layers.70.mlp.fc1"),
+        ("vision", "audio_tower.embed_tokens"),
+        ("mtp", "mtp.layers.0.mlp.experts.3.up_proj"),
+        ("mtp", "model.layers.61.self_attn.q_proj"),
+        ("mtp", "model.layers.61.embed_tokens"),
+        ("mtp", "model.layers.61.shared_head.head"),
+    ],
+)
+def test_towers_and_prediction_layers_win_over_the_role_within(role: str, module: str) -> None:
+    assert role_of(module, 512, FACTS) == role
 
 
 def test_facts_come_from_the_language_model_of_a_nested_config() -> None:

@@ -152,11 +152,31 @@ def test_include_overrides_a_default_and_only_that(moe: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("role", "kept"),
+    [
+        ("experts", ["mlp.experts.0.gate_proj", "mlp.experts.1.gate_proj"]),
+        ("shared_experts", ["mlp.shared_expert.gate_proj"]),
+        ("attention", ["self_attn.q_proj", "self_attn.o_proj"]),
+    ],
+)
+def test_a_role_to_ignore_stands_for_its_modules(moe: Path, role: str, kept: list[str]) -> None:
+    found = fates(streamquant.plan(moe, scheme="W4A16", ignore=[role]))
+    assert {name for name, fate in found.items() if fate == f"asked for by --ignore {role}"} >= {f"model.layers.0.{k}.weight" for k in kept}
+
+
+def test_a_role_to_include_stands_for_its_modules(moe: Path) -> None:
+    found = fates(streamquant.plan(moe, scheme="W8A16", include=["lm_head", "routers"]))
+    assert found["lm_head.weight"] == found["model.layers.0.mlp.gate.weight"] == "W8A16"
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ({"scheme": "W4A16", "group_size": 96}, r"_proj.weight has 128 columns.*group size 96 \(128 would fit\).*--ignore"),
         ({"scheme": "W4A16", "ignore": ["no.such"]}, "pattern 'no.such' matches no module"),
         ({"scheme": "W4A16", "ignore": ["up_proj"]}, r"did you mean '\*.up_proj'"),
+        ({"scheme": "W4A16", "ignore": ["mlp"]}, "--ignore: role 'mlp' matches no module"),
+        ({"scheme": "W4A16", "include": ["vision"]}, "--include: role 'vision' matches no weight that can be quantized"),
         ({"scheme": "W4A16", "include": ["*.norm1"]}, "--include: pattern .* matches no weight that can be quantized"),
         ({"scheme": "FP8_BLOCK", "include": ["lm_head"]}, "lm_head.weight is a head or an embedding, where engines load no blocks"),
         ({"scheme": "W4A16", "ignore": ["*"]}, "nothing in .* would be quantized"),

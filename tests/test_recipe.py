@@ -8,7 +8,13 @@ import pytest
 from streamquant.errors import RequestError
 from streamquant.recipe import Matcher, make_recipe
 
-NAMES = ("lm_head", "model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj", "model.layers.10.mlp.up_proj")
+ROLES = {
+    "lm_head": "lm_head",
+    "model.layers.0.mlp.up_proj": "mlp",
+    "model.layers.0.self_attn.q_proj": "attention",
+    "model.layers.10.mlp.up_proj": "mlp",
+    "mlp.odd": None,
+}
 
 
 @pytest.mark.parametrize(
@@ -18,6 +24,9 @@ NAMES = ("lm_head", "model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_pr
         ("model.layers.0", [1, 2]),  # a module stands for what is below it
         ("model.layers.1", []),  # and not for what its name merely begins
         ("up_proj", []),
+        ("mlp", [1, 3]),  # a role, and no name
+        ("attention", [2]),
+        ("experts", []),
         ("*.up_proj", [1, 3]),
         ("*.layers.?", [1, 2]),
         ("*.mlp", [1, 3]),
@@ -28,18 +37,19 @@ NAMES = ("lm_head", "model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_pr
         ("re:.*(q|k)_proj$", [2]),
     ],
 )
-def test_patterns_are_names_globs_or_expressions(pattern: str, matched: list[int]) -> None:
+def test_patterns_are_roles_names_globs_or_expressions(pattern: str, matched: list[int]) -> None:
     matcher = Matcher([pattern])
-    assert [index for index, name in enumerate(NAMES) if matcher.matches(name)] == matched
+    assert [index for index, (name, role) in enumerate(ROLES.items()) if matcher.first(name, role) == 0] == matched
+    assert matcher.matches_any(ROLES) == bool(matched)
 
 
 def test_the_first_pattern_that_matches_decides_whatever_its_kind() -> None:
-    matcher = Matcher(["re:.*up_proj", "model.layers.0", "*", "re:.*q_(proj)"])
-    assert [matcher.first(name) for name in NAMES] == [2, 0, 1, 0]
+    matcher = Matcher(["re:.*up_proj", "model.layers.0", "lm_head", "*", "re:.*q_(proj)", "mlp"])
+    assert [matcher.first(name, role) for name, role in ROLES.items()] == [2, 0, 1, 0, 3]
 
 
 def test_a_pattern_behind_another_counts_as_matching() -> None:
-    assert Matcher(["*", "lm_head", "*.q_proj", "nothing", "re:.*none"]).unmatched(NAMES, used=[0]) == [3, 4]
+    assert Matcher(["*", "lm_head", "*.q_proj", "nothing", "re:.*none", "experts"]).unmatched(ROLES, used=[0]) == [3, 4, 5]
 
 
 @pytest.mark.parametrize("pattern", ["re:(", "re:(a)\\1", "", "re:*x"])
