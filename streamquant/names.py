@@ -67,6 +67,8 @@ _ROLE_OF_PART = {
 _HEADS = {"output", "model.output", "head"}
 # Nemotron-H calls every kind of layer `mixer`; the projections tell.
 _ROLE_IN_MIXER = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attention") | dict.fromkeys(("up_proj", "down_proj"), "mlp")
+# In a prediction layer whose linears are quantized engines keep these as they are.
+_DENSE_IN_MTP = {"eh_proj", "fc", "mtp_linear_proj", "head"}
 _STATE_SPACE = {"conv1d", "x_proj", "dt_proj", "in_proj_a", "in_proj_b", "in_proj_ba"}
 _PROJECTION = re.compile(r".*_proj(_.*)?|w\d|wq.*|wk.*|wv|wo|fc\d?|c_fc.*|(up|down|gate)|q|k|v|o|dense.*|linear.*|key|query|value")
 _EXPERT = re.compile(r"(.*\.)?experts\.\d+\..*")
@@ -155,6 +157,14 @@ def reason_to_keep(module: str, role: str | None) -> str | None:
     if leaf == "weights_proj" and "indexer" in parts:
         return "indexer weights"
     return None
+
+
+def reason_to_keep_within(asked: str, module: str, num_rows: int, facts: ModelFacts) -> str | None:
+    """The same where `asked`, one of KEPT_ROLES, is asked for as a whole: embeddings and routers in a tower are still kept."""
+    if asked == "mtp" and module.rpartition(".")[2] in _DENSE_IN_MTP:
+        return f"{asked}: what engines do not quantize there"
+    reason = reason_to_keep(module, role_of(module, num_rows, facts, besides=asked))
+    return reason and f"{asked}: {reason}"
 
 
 def fused_groups(modules: Iterable[tuple[str, int]]) -> list[tuple[str, ...]]:

@@ -6,6 +6,7 @@ Pure: reads nothing but the headers and the config in a `Checkpoint`. Whatever c
 import hashlib
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -18,6 +19,7 @@ from streamquant.checkpoint.source import Checkpoint
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.names import (
     EMBEDDING,
+    KEPT_ROLES,
     ROLES,
     WEIGHT_SUFFIX,
     ModelFacts,
@@ -26,6 +28,7 @@ from streamquant.names import (
     is_stored_quantized,
     module_name,
     reason_to_keep,
+    reason_to_keep_within,
     role_of,
 )
 from streamquant.quantization_config import describe_quantization, is_named_only
@@ -105,6 +108,7 @@ class Keep:
 
     reason: str
     by_user: bool = False
+    partner: str | None = None  # the fused partner that is kept and is why
 
 
 Decision = Scheme | Keep
@@ -185,8 +189,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, max_shard_bytes: int) -
     Raises RequestError if the recipe cannot be followed, CheckpointError if the checkpoint is of a kind not supported.
     """
     _refuse_unsupported(checkpoint)
-    decisions = _decide(checkpoint, recipe)
+    decisions, claims = _decide(checkpoint, recipe)
     groups = _fused(checkpoint, decisions)
+    _refuse_idle(recipe, claims, decisions)
     shards = _lay_out(_draft(checkpoint, decisions, groups), max_shard_bytes)
 
     encoded = [step for shard in shards for step in shard.steps if isinstance(step, Encode)]
@@ -222,12 +227,12 @@ def _refuse_unsupported(checkpoint: Checkpoint) -> None:
             )
 
 
-def _decide(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Decision]:
-    """For each tensor its scheme, or why it is kept, before fused partners are brought into line."""
+def _decide(checkpoint: Checkpoint, recipe: Recipe) -> tuple[dict[str, Decision], dict[int, list[str]]]:
+    """For each tensor its scheme, or why it is kept, before fused partners are brought into line; and the matrices of each rule."""
     facts = ModelFacts.from_config(checkpoint.config)
     rules, include = Matcher([rule.pattern for rule in recipe.rules]), Matcher(recipe.include)
-    used: set[int | None] = set()
-    included: set[int | None] = set()
+    claims: defaultdict[int, list[str]] = defaultdict(list)
+    included: set[int] = set()
     decisions: dict[str, Decision] = {}
     roles: dict[str, str | None] = {}  # of the modules with a matrix
     for name, spec in checkpoint.tensors.items():
@@ -237,18 +242,22 @@ def _decide(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Decision]:
         module = module_name(name)
         role = roles[module] = role_of(module, spec.shape[0], facts)
         index, include_index = rules.first(module, role), include.first(module, role)
-        used.add(index)
-        included.add(include_index)
-        default = reason_to_keep(module, role) if include_index is None else None
+        default = reason_to_keep(module, role)
+        if include_index is not None:
+            included.add(include_index)
+            asked = recipe.include[include_index]
+            default = reason_to_keep_within(asked, module, spec.shape[0], facts) if asked in KEPT_ROLES else None
+        if index is not None:
+            claims[index].append(name)
         decisions[name] = _decision(spec, None if index is None else recipe.rules[index], default=default)
     # A pattern that matches nothing is a mistake. One that gives a scheme must match something that could have one.
-    for number in rules.unmatched(roles, used={index for index in used if index is not None}):
+    for number in rules.unmatched(roles, used=claims):
         others = {module: role_of(module, None, facts) for module in map(module_name, checkpoint.tensors) if module not in roles}
         _refuse_unmatched(recipe.rules[number], modules=others | roles, matrices=roles)
-    for number in include.unmatched(roles, used={index for index in included if index is not None}):
+    for number in include.unmatched(roles, used=included):
         pattern = recipe.include[number]
         raise RequestError(f"--include: {_called(pattern)} matches no weight that can be quantized{_hint(pattern, roles)}")
-    return decisions
+    return decisions, claims
 
 
 def _is_matrix(spec: TensorSpec) -> bool:
@@ -280,6 +289,20 @@ def _refuse_unmatched(rule: Rule, *, modules: Mapping[str, str | None], matrices
         raise RequestError(f"{rule.origin}: {_called(rule.pattern)} matches no module{_hint(rule.pattern, modules)}")
 
 
+def _refuse_idle(recipe: Recipe, claims: Mapping[int, Sequence[str]], decisions: Mapping[str, Decision]) -> None:
+    """Raise RequestError for a rule that asks for a scheme which nothing gets, for all its matrices are kept by default."""
+    for number, names in claims.items():
+        rule = recipe.rules[number]
+        kept = {name: fate for name in names if isinstance(fate := decisions[name], Keep)}
+        if rule.scheme is not None and not rule.is_default and len(kept) == len(names):
+            reasons = ", ".join(dict.fromkeys(fate.reason for fate in kept.values()))
+            way_out = _options("--include", [fate.partner or name for name, fate in kept.items()])
+            raise RequestError(
+                f"{rule.origin}: {_called(rule.pattern)} gets {rule.scheme.preset} nowhere: all it matches is kept by default, {reasons}"
+                f" (to quantize it all the same: {way_out})"
+            )
+
+
 def _called(pattern: str) -> str:
     return f"{'role' if pattern in ROLES else 'pattern'} {pattern!r}"
 
@@ -307,7 +330,7 @@ def _fused(checkpoint: Checkpoint, decisions: dict[str, Decision]) -> list[tuple
             raise RequestError(f"engines load these as one weight, so they need one scheme: {said}")
         if kept:
             name, fate = next(iter(kept.items()))
-            partner = Keep(f"fused with {module_name(name)}, which is kept: {fate.reason}")
+            partner = Keep(f"fused with {module_name(name)}, which is kept: {fate.reason}", partner=name)
             decisions.update({name: partner for name in names if name not in kept})
             continue
         groups.append(names)
@@ -389,10 +412,15 @@ def _problems(specs: Sequence[TensorSpec], scheme: Scheme) -> list[str]:
 
 
 def _way_out(names: Sequence[str]) -> str:
+    return "to leave it as it is: " + _options("--ignore", names)
+
+
+def _options(flag: str, names: Sequence[str]) -> str:
+    """The flag for each of these weights; for more than three with globs."""
     patterns = list(dict.fromkeys(module_name(name) for name in names))
     if len(patterns) > 3:
         patterns = list(dict.fromkeys(_glob(module) for module in patterns))
-    return "to leave it as it is: " + " ".join(f"--ignore '{pattern}'" for pattern in patterns)
+    return " ".join(f"{flag} '{pattern}'" for pattern in patterns)
 
 
 def _glob(module: str) -> str:

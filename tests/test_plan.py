@@ -169,6 +169,69 @@ def test_a_role_to_include_stands_for_its_modules(moe: Path) -> None:
     assert found["lm_head.weight"] == found["model.layers.0.mlp.gate.weight"] == "W8A16"
 
 
+def test_a_line_mixes_schemes_by_role_and_keeps_the_rest(moe: Path) -> None:
+    found = fates(streamquant.plan(moe, scheme="experts=NVFP4A16, attention=FP8_BLOCK"))
+    quantized = {"FP8_BLOCK": 4, "NVFP4A16": 6}
+    assert {scheme: list(found.values()).count(scheme) for scheme in quantized} == quantized
+    assert found["model.layers.0.mlp.shared_expert.up_proj.weight"] == "no rule asks for it"
+    assert found["lm_head.weight"] == "no rule asks for it"
+
+
+def test_a_scheme_for_a_role_that_is_kept_by_default_is_obeyed(moe: Path) -> None:
+    found = fates(streamquant.plan(moe, scheme="lm_head=W8A16,NVFP4A16"))
+    assert found["lm_head.weight"] == "W8A16"
+    assert found["model.embed_tokens.weight"] == "embedding"
+    assert fates(streamquant.plan(moe, scheme="*=NVFP4A16,routers=keep"))["lm_head.weight"] == "lm_head"
+
+
+def test_a_tower_or_prediction_layer_asked_for_keeps_what_is_no_linear_in_it(tmp_path: Path) -> None:
+    mtp, tower = "model.layers.2", "model.visual"
+    odd = ["self_attn.kv_b_proj", "mlp.gate", "embed_tokens", "eh_proj", "shared_head.head"]
+    tensors = attention() | mlp(f"{mtp}.mlp.experts.0") | mlp(f"{tower}.blocks.0.mlp") | {f"{tower}.pos_embed.weight": weight(64, 128)}
+    tensors |= {f"{mtp}.{name}.weight": weight(64, 128) for name in odd}
+    source = write_checkpoint(tmp_path / "mtp", tensors)
+    plan = streamquant.plan(source, scheme="mtp=W8A16,vision=FP8_DYNAMIC,W4A16")
+    found = fates(plan)
+    assert found[f"{mtp}.mlp.experts.0.up_proj.weight"] == "W8A16"
+    assert found[f"{tower}.blocks.0.mlp.up_proj.weight"] == "FP8_DYNAMIC"
+    assert found[f"{tower}.pos_embed.weight"] == "vision: embedding"
+    assert {name: found[f"{mtp}.{name}.weight"] for name in odd} == {
+        "self_attn.kv_b_proj": "mtp: MLA projection that engines absorb",
+        "mlp.gate": "mtp: router",
+        "embed_tokens": "mtp: embedding",
+        "eh_proj": "mtp: what engines do not quantize there",
+        "shared_head.head": "mtp: what engines do not quantize there",
+    }
+    named = streamquant.plan(source, scheme="mtp=W8A16,W4A16", include=["*.eh_proj"])
+    assert fates(named)[f"{mtp}.eh_proj.weight"] == "W8A16"
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (
+            "*.mlp.gate=FP8_DYNAMIC",
+            r"pattern '\*.mlp.gate' gets FP8_DYNAMIC nowhere: .* by default, router \(.*--include 'model.layers.0.mlp.gate'",
+        ),
+        ("attention=FP8_DYNAMIC", r"role 'attention' gets .* engines absorb \(.*--include 'model.layers.0.self_attn.kv_b_proj'"),
+        ("*.wk=W8A16", r"'\*.wk' gets .* fused with .*weights_proj, .*--include 'model.layers.0.indexer.weights_proj'"),
+    ],
+)
+def test_a_rule_whose_matches_are_all_kept_by_default_is_refused_with_the_way_out(tmp_path: Path, rule: str, said: str) -> None:
+    names = ["mlp.gate", "self_attn.kv_b_proj", "indexer.wk", "indexer.weights_proj"]
+    tensors = mlp("model.layers.0.mlp") | {f"model.layers.0.{name}.weight": weight(64, 128) for name in names}
+    source = write_checkpoint(tmp_path / "kept", tensors)
+    with pytest.raises(RequestError, match=said) as error:
+        streamquant.plan(source, scheme=f"{rule},W8A16")
+    way_out = str(error.value).partition("--include '")[2].partition("'")[0]
+    streamquant.plan(source, scheme=f"{rule},W8A16", include=[way_out])
+
+
+def test_the_scheme_for_the_rest_may_find_nothing_to_quantize(moe: Path) -> None:
+    found = fates(streamquant.plan(moe, scheme="attention=W4A16,experts=W8A16,shared_experts=W8A16,FP8_DYNAMIC"))
+    assert "FP8_DYNAMIC" not in found.values()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

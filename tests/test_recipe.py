@@ -86,6 +86,35 @@ def test_rules_come_in_the_order_ignore_file_scheme(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "rules"),
+    [
+        ("W4A16", [("*", "W4A16")]),
+        ("experts=NVFP4A16,attention=FP8_BLOCK", [("experts", "NVFP4A16"), ("attention", "FP8_BLOCK")]),
+        (" fp8_dynamic , *.layers.0 = keep, mlp=W4A16", [("*.layers.0", None), ("mlp", "W4A16"), ("*", "FP8_DYNAMIC")]),
+        ("re:.*(?=x)y=W4A16", [("re:.*(?=x)y", "W4A16")]),
+    ],
+)
+def test_a_line_gives_patterns_their_schemes_and_the_bare_one_to_the_rest(line: str, rules: list[tuple[str, str | None]]) -> None:
+    recipe = make_recipe(scheme=line)
+    assert [(rule.pattern, rule.scheme.preset if rule.scheme else None) for rule in recipe.rules] == rules
+    assert [rule.pattern for rule in recipe.rules if rule.is_default] == ["*"] * (rules[-1][0] == "*")
+    assert recipe.include == ()
+
+
+def test_settings_go_to_every_scheme_of_a_line() -> None:
+    recipe = make_recipe(scheme="experts=W4A16,W8A16", observer="mse", group_size=32)
+    assert [scheme.weights_config["group_size"] for scheme in recipe.schemes] == [32, 32]
+    assert [scheme.observer for scheme in recipe.schemes] == ["mse", "mse"]
+
+
+def test_a_scheme_for_a_role_that_is_kept_by_default_includes_it_after_what_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text("[[rule]]\nmatch = ['mtp', 'attention']\nscheme = 'W8A16'\n[[rule]]\nmatch = 'routers'\nkeep = true")
+    recipe = make_recipe(scheme="lm_head=W8A16,mlp=W4A16", recipe=file, include=["lm_head", "*.patch_embed"])
+    assert recipe.include == ("*.patch_embed", "lm_head", "mtp")
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("x = 1", "unknown key 'x'"),
@@ -126,6 +155,14 @@ def test_a_faulty_recipe_file_is_refused_with_the_place(tmp_path: Path, text: st
         ({"scheme": "W4A16", "observer": "best"}, "unknown observer"),
         ({"scheme": "W4A16", "scale_dtype": "float32"}, "W4A16 has no scale dtype"),
         ({"scheme": "W4A16", "format": "fp8"}, "format fp8 stores FP8_BLOCK"),
+        ({"scheme": "experts=W4A16,"}, "'' in 'experts=W4A16,' is neither PATTERN=SCHEME, PATTERN=keep nor SCHEME"),
+        ({"scheme": "experts="}, "'experts=' in 'experts=' is neither"),
+        ({"scheme": "=W4A16"}, "'=W4A16' in '=W4A16' is neither"),
+        ({"scheme": "W4A16,W8A16"}, "'W4A16,W8A16' has two schemes for the rest; give one of them a pattern: PATTERN=W8A16"),
+        ({"scheme": "mlp=W4A16,mlp=keep"}, "'mlp' is in 'mlp=W4A16,mlp=keep' twice"),
+        ({"scheme": "experts=W5"}, "unknown scheme 'W5'"),
+        ({"scheme": "experts=keep"}, "nothing to do"),
+        ({"scheme": "experts=NVFP4A16,W4A16", "group_size": 64}, "NVFP4A16 has no group size"),
     ],
 )
 def test_an_impossible_wish_names_what_is_wrong(arguments: dict[str, Any], said: str) -> None:
