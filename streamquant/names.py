@@ -71,7 +71,7 @@ _ROLE_IN_MIXER = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attent
 _DENSE_IN_MTP = {"eh_proj", "fc", "mtp_linear_proj", "head"}
 _STATE_SPACE = {"conv1d", "x_proj", "dt_proj", "in_proj_a", "in_proj_b", "in_proj_ba"}
 _PROJECTION = re.compile(r".*_proj(_.*)?|w\d|wq.*|wk.*|wv|wo|fc\d?|c_fc.*|(up|down|gate)|q|k|v|o|dense.*|linear.*|key|query|value")
-_EXPERT = re.compile(r"(.*\.)?experts\.\d+\..*")
+_EXPERT = re.compile(r"((?:.*\.)?experts)\.\d+\..*")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d{1,9})\.")
 
 
@@ -112,9 +112,10 @@ def is_stored_quantized(tensor: str, dtype: str) -> bool:
     return suffix in STORED_SUFFIXES or (suffix == "weight" and dtype in STORED_DTYPES)
 
 
-def is_expert(module: str) -> bool:
-    """Whether the module lies in one of many experts; shared experts are ordinary layers."""
-    return _EXPERT.fullmatch(module) is not None
+def experts_of(module: str) -> str | None:
+    """The name of all the experts of a layer, if the module lies in one of them; shared experts are ordinary layers."""
+    match = _EXPERT.fullmatch(module)
+    return None if match is None else match[1]
 
 
 @lru_cache(maxsize=4096)

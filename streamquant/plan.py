@@ -23,15 +23,15 @@ from streamquant.names import (
     ROLES,
     WEIGHT_SUFFIX,
     ModelFacts,
+    experts_of,
     fused_groups,
-    is_expert,
     is_stored_quantized,
     module_name,
     reason_to_keep,
     reason_to_keep_within,
     role_of,
 )
-from streamquant.quantization_config import describe_quantization, is_named_only
+from streamquant.quantization_config import describe_quantization, is_named_only, stored_like
 from streamquant.recipe import Matcher, Recipe, Rule
 from streamquant.schemes import Scheme
 from streamquant.schemes.fp8 import Fp8
@@ -192,6 +192,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, max_shard_bytes: int) -
     decisions, claims = _decide(checkpoint, recipe)
     groups = _fused(checkpoint, decisions)
     _refuse_idle(recipe, claims, decisions)
+    _refuse_mixed_experts(decisions)
     shards = _lay_out(_draft(checkpoint, decisions, groups), max_shard_bytes)
 
     encoded = [step for shard in shards for step in shard.steps if isinstance(step, Encode)]
@@ -277,7 +278,7 @@ def _decision(spec: TensorSpec, rule: Rule | None, *, default: str | None) -> De
         raise RequestError(f"{spec.name} is {spec.dtype}; only {', '.join(QUANTIZABLE)} can be quantized ({_way_out([spec.name])})")
     if not spec.num_elements:
         return Keep("empty")
-    return rule.scheme.for_expert() if is_expert(module_name(spec.name)) else rule.scheme
+    return rule.scheme if experts_of(module_name(spec.name)) is None else rule.scheme.for_expert()
 
 
 def _refuse_unmatched(rule: Rule, *, modules: Mapping[str, str | None], matrices: Mapping[str, str | None]) -> None:
@@ -335,6 +336,25 @@ def _fused(checkpoint: Checkpoint, decisions: dict[str, Decision]) -> list[tuple
             continue
         groups.append(names)
     return groups
+
+
+def _refuse_mixed_experts(decisions: Mapping[str, Decision]) -> None:
+    """Raise RequestError if the experts of one layer are not all stored in one way, for engines load them as one weight."""
+    firsts: dict[str, tuple[str, Decision]] = {}
+    for name, decision in decisions.items():
+        experts = experts_of(module_name(name))
+        if experts is None or decision == Keep(NOT_A_MATRIX):
+            continue
+        first, decided = firsts.setdefault(experts, (name, decision))
+        if decision != decided and _stored_as(decision) != _stored_as(decided):
+            raise RequestError(
+                f"{experts}: engines load the experts of a layer as one, so they need one scheme: {module_name(first)} {_said(decided)}, "
+                f"{module_name(name)} {_said(decision)} ({_way_out([name])})"
+            )
+
+
+def _stored_as(decision: Decision) -> str:
+    return "kept" if isinstance(decision, Keep) else stored_like(decision)
 
 
 def _said(decision: Decision) -> str:
@@ -416,18 +436,16 @@ def _way_out(names: Sequence[str]) -> str:
 
 
 def _options(flag: str, names: Sequence[str]) -> str:
-    """The flag for each of these weights; for more than three with globs."""
-    patterns = list(dict.fromkeys(module_name(name) for name in names))
+    """The flag for each of these weights, all experts of a layer being one; for more than three with globs."""
+    patterns = list(dict.fromkeys(experts_of(module) or module for module in map(module_name, names)))
     if len(patterns) > 3:
         patterns = list(dict.fromkeys(_glob(module) for module in patterns))
     return " ".join(f"{flag} '{pattern}'" for pattern in patterns)
 
 
 def _glob(module: str) -> str:
-    """The last parts of a name, from a named one on, for all layers: `*.experts.*.up_proj`."""
-    parts = ["*" if part.isdecimal() else part for part in module.split(".")]
-    start = -4 if parts[-2:-1] == ["*"] else -2
-    return ".".join(["*", *parts[start:]])
+    """The last two parts of a name, for all layers: `*.mlp.up_proj`."""
+    return ".".join(["*", *module.split(".")[-2:]])
 
 
 @lru_cache(maxsize=4096)

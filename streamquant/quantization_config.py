@@ -24,6 +24,11 @@ def is_named_only(module: str) -> bool:
     return _NAMED_ONLY.fullmatch(module) is not None
 
 
+def stored_like(scheme: Scheme) -> str:
+    """Equal for schemes that are one to an engine: what is stored and computed, whatever observer chose the scales."""
+    return repr((scheme.format, scheme.weights_config, scheme.activations))
+
+
 def describe_quantization(quantized: Mapping[str, Scheme], kept: Iterable[str], *, absent_lm_head: bool) -> dict[str, Any]:
     """The `quantization_config` for modules with their schemes and the linear modules that were kept as they are.
 
@@ -32,8 +37,7 @@ def describe_quantization(quantized: Mapping[str, Scheme], kept: Iterable[str], 
     ignore = sorted({*kept, "lm_head"} if absent_lm_head else set(kept))
     by_args: dict[str, tuple[Scheme, list[str]]] = {}
     for module, scheme in quantized.items():
-        key = repr((scheme.format, scheme.weights_config, scheme.activations))
-        by_args.setdefault(key, (scheme, []))[1].append(module)
+        by_args.setdefault(stored_like(scheme), (scheme, []))[1].append(module)
     groups = list(by_args.values())
     if groups and isinstance(groups[0][0], NativeFp8):
         return {

@@ -143,6 +143,38 @@ def test_partners_of_different_fate_are_refused_by_name(moe: Path, tmp_path: Pat
         streamquant.plan(moe, scheme="NVFP4A16", recipe=recipe)
 
 
+@pytest.mark.parametrize(
+    ("line", "differs"),
+    [
+        ("*.experts.1=FP8_DYNAMIC,NVFP4A16", r"experts.0.down_proj NVFP4A16, .*experts.1.down_proj FP8_DYNAMIC"),
+        ("*.experts.1=keep,NVFP4A16", r"experts.0.down_proj NVFP4A16, .*experts.1.down_proj kept"),
+        ("*.experts.*.down_proj=keep,NVFP4A16", r"experts.0.down_proj kept, .*experts.0.gate_proj NVFP4A16"),
+        ("*.experts.*.down_proj=W8A16,W4A16", r"experts.0.down_proj W8A16, .*experts.0.gate_proj W4A16"),
+    ],
+)
+def test_experts_of_a_layer_in_more_than_one_scheme_are_refused_by_name(moe: Path, line: str, differs: str) -> None:
+    with pytest.raises(RequestError, match=rf"{EXPERTS}: engines load .* one scheme: .*{differs} \(.*--ignore '{EXPERTS}'\)"):
+        streamquant.plan(moe, scheme=line)
+    plan = streamquant.plan(moe, scheme=line, ignore=[EXPERTS])
+    assert all(".experts." not in member.module for step in plan.steps if isinstance(step, Encode) for member in step.members)
+
+
+def test_experts_of_a_layer_may_differ_in_the_observer_and_between_layers(moe: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[[rule]]\nmatch = '*.experts.1'\nscheme = 'NVFP4A16'\nobserver = 'mse'")
+    found = fates(streamquant.plan(moe, scheme="NVFP4A16", recipe=recipe))
+    assert found[f"{EXPERTS}.1.up_proj.weight"] == "NVFP4A16 (mse)"
+    layers = mlp(f"{EXPERTS}.0") | mlp("model.layers.1.mlp.experts.0")
+    streamquant.plan(write_checkpoint(tmp_path / "layers", layers), scheme="*.layers.1=W8A16,W4A16")
+
+
+def test_an_expert_that_cannot_be_stored_is_named_with_a_way_out_that_works(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "odd", mlp(f"{EXPERTS}.0") | mlp(f"{EXPERTS}.1", rows=96) | attention())
+    with pytest.raises(RequestError, match=rf"experts.1.down_proj.weight has 96 columns.*--ignore '{EXPERTS}'\)"):
+        streamquant.plan(source, scheme="W4A16")
+    streamquant.plan(source, scheme="W4A16", ignore=[EXPERTS])
+
+
 def test_include_overrides_a_default_and_only_that(moe: Path) -> None:
     plan = streamquant.plan(moe, scheme="W8A16", include=["lm_head", "model.embed_tokens"])
     found = fates(plan)
