@@ -69,6 +69,8 @@ _HEADS = {"output", "model.output", "head"}
 _ROLE_IN_MIXER = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attention") | dict.fromkeys(("up_proj", "down_proj"), "mlp")
 # In a prediction layer whose linears are quantized engines keep these as they are.
 _DENSE_IN_MTP = {"eh_proj", "fc", "mtp_linear_proj", "head"}
+# The embedding that a tied head reads; others, of positions or of each layer, are not.
+_TOKEN_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|embed_in|wte|tok_embeddings|word_embeddings|embed|embeddings?)")
 _STATE_SPACE = {"conv1d", "x_proj", "dt_proj", "in_proj_a", "in_proj_b", "in_proj_ba"}
 _PROJECTION = re.compile(r".*_proj(_.*)?|w\d|wq.*|wk.*|wv|wo|fc\d?|c_fc.*|(up|down|gate)|q|k|v|o|dense.*|linear.*|key|query|value")
 _EXPERT = re.compile(r"((?:.*\.)?experts)\.\d+\..*")
@@ -77,22 +79,25 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d{1,9})\.")
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """The few numbers of config.json that default keeps depend on; None where it does not say."""
+    """The few facts of config.json that default keeps depend on; None where it does not say."""
 
     num_layers: int | None = None
     num_experts: int | None = None
+    ties_embeddings: bool | None = None  # lm_head is the embedding
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None) -> "ModelFacts":
         """Reads the config of the language model, which multimodal configs nest."""
-        text = config or {}
+        text = whole = config or {}
         for key in ("text_config", "llm_config", "language_config"):
             if isinstance(text.get(key), dict):
                 text = text[key]
+        ties = [owner["tie_word_embeddings"] for owner in (whole, text) if isinstance(owner.get("tie_word_embeddings"), bool)]
         expert_keys = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
         return cls(
             num_layers=next((text[key] for key in ("num_hidden_layers", "n_layer") if type(text.get(key)) is int), None),
             num_experts=next((text[key] for key in expert_keys if type(text.get(key)) is int), None),
+            ties_embeddings=any(ties) if ties else None,
         )
 
     def is_past_the_layers(self, module: str) -> bool:
@@ -142,6 +147,11 @@ def role_of(module: str, num_rows: int | None, facts: ModelFacts, *, besides: st
     if parts[-2:-1] == ["mixer"] and not roles.intersection(ROLES):
         return _ROLE_IN_MIXER.get(parts[-1])
     return next((role for role in ROLES if role in roles), None)
+
+
+def is_head_or_embedding(module: str, role: str | None) -> bool:
+    """Whether the module is one of the two that a tied model has as one weight."""
+    return role == "lm_head" or (role == "embeddings" and _TOKEN_EMBEDDING.fullmatch(module) is not None)
 
 
 def reason_to_keep(module: str, role: str | None) -> str | None:

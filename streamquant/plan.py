@@ -25,6 +25,7 @@ from streamquant.names import (
     ModelFacts,
     experts_of,
     fused_groups,
+    is_head_or_embedding,
     is_stored_quantized,
     module_name,
     reason_to_keep,
@@ -251,12 +252,13 @@ def _decide(checkpoint: Checkpoint, recipe: Recipe) -> tuple[dict[str, Decision]
         if index is not None:
             claims[index].append(name)
         decisions[name] = _decision(spec, None if index is None else recipe.rules[index], default=default)
+    pointless = [recipe.include[number] for number in include.unmatched(roles, used=included)]
+    _refuse_tied(facts, roles, decisions, pointless)
     # A pattern that matches nothing is a mistake. One that gives a scheme must match something that could have one.
     for number in rules.unmatched(roles, used=claims):
         others = {module: role_of(module, None, facts) for module in map(module_name, checkpoint.tensors) if module not in roles}
         _refuse_unmatched(recipe.rules[number], modules=others | roles, matrices=roles)
-    for number in include.unmatched(roles, used=included):
-        pattern = recipe.include[number]
+    for pattern in pointless:
         raise RequestError(f"--include: {_called(pattern)} matches no weight that can be quantized{_hint(pattern, roles)}")
     return decisions, claims
 
@@ -279,6 +281,29 @@ def _decision(spec: TensorSpec, rule: Rule | None, *, default: str | None) -> De
     if not spec.num_elements:
         return Keep("empty")
     return rule.scheme if experts_of(module_name(spec.name)) is None else rule.scheme.for_expert()
+
+
+def _refuse_tied(facts: ModelFacts, roles: Mapping[str, str | None], decisions: Mapping[str, Decision], pointless: Sequence[str]) -> None:
+    """Raise RequestError if lm_head or the embedding is to be quantized although both are one weight.
+
+    `pointless`: the patterns to include that match nothing; lm_head may be among them, for a tied model need not store it.
+    """
+    tied = facts.ties_embeddings
+    if tied is None:
+        tied = "embeddings" in roles.values() and "lm_head" not in roles.values()
+    if not tied:
+        return
+    asked = [
+        module
+        for module, role in roles.items()
+        if is_head_or_embedding(module, role) and not isinstance(decisions[module + WEIGHT_SUFFIX], Keep)
+    ]
+    asked += [pattern for pattern in pointless if Matcher([pattern]).first("lm_head", "lm_head") is not None]
+    if asked:
+        raise RequestError(
+            f"{asked[0]} cannot be quantized: the model ties lm_head to its embedding, and engines read both as one weight "
+            "(do not ask for it; or untie them first: store lm_head.weight and set tie_word_embeddings to false in config.json)"
+        )
 
 
 def _refuse_unmatched(rule: Rule, *, modules: Mapping[str, str | None], matrices: Mapping[str, str | None]) -> None:

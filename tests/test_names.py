@@ -1,5 +1,7 @@
 """Fused partners and default keeps, on names of real models."""
 
+from typing import Any
+
 import pytest
 
 from streamquant.names import EMBEDDING, KEPT_ROLES, ModelFacts, fused_groups, reason_to_keep, role_of
@@ -132,3 +134,17 @@ def test_facts_come_from_the_language_model_of_a_nested_config() -> None:
     config = {"model_type": "vlm", "num_hidden_layers": 2, "text_config": {"num_hidden_layers": 40, "n_routed_experts": 64}}
     assert ModelFacts.from_config(config) == ModelFacts(num_layers=40, num_experts=64)
     assert ModelFacts.from_config(None) == ModelFacts()
+
+
+@pytest.mark.parametrize(
+    ("config", "ties"),
+    [
+        ({}, None),
+        ({"tie_word_embeddings": False}, False),
+        ({"text_config": {"tie_word_embeddings": True}}, True),
+        ({"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}, True),
+        ({"tie_word_embeddings": "yes"}, None),
+    ],
+)
+def test_a_tie_is_told_by_the_config_or_the_one_nested_in_it(config: dict[str, Any], ties: bool | None) -> None:
+    assert ModelFacts.from_config(config).ties_embeddings is ties

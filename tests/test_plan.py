@@ -238,6 +238,51 @@ def test_a_tower_or_prediction_layer_asked_for_keeps_what_is_no_linear_in_it(tmp
     assert fates(named)[f"{mtp}.eh_proj.weight"] == "W8A16"
 
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    ("stored", "config"),
+    [
+        ([EMBEDDING], {}),
+        ([EMBEDDING], {"tie_word_embeddings": True}),
+        ([EMBEDDING, HEAD], {"tie_word_embeddings": True}),
+        ([EMBEDDING, HEAD], {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}),
+    ],
+)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"include": ["lm_head"]},
+        {"scheme": "lm_head=W8A16,W8A16"},
+        {"include": ["re:lm_h"]},
+        {"include": ["model.embed_tokens"]},
+        {"scheme": "embeddings=W8A16,W8A16"},
+    ],
+)
+def test_a_tied_head_is_refused_and_so_is_the_embedding_that_it_reads(
+    tmp_path: Path, stored: list[str], config: dict[str, Any], arguments: dict[str, Any]
+) -> None:
+    tensors = attention() | {name: weight(64, 128) for name in stored}
+    source = write_checkpoint(tmp_path / "tied", tensors, config=config)
+    with pytest.raises(RequestError, match=r"^(lm_head|re:lm_h|model.embed_tokens) cannot be quantized: the model ties .* \(do not ask"):
+        streamquant.plan(source, **{"scheme": "W8A16"} | arguments)
+    assert "lm_head" in streamquant.plan(source, scheme="W8A16").quantization_config["ignore"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "config", "include"),
+    [
+        ([EMBEDDING, HEAD], {}, ["lm_head", "embeddings"]),
+        ([EMBEDDING], {"tie_word_embeddings": False}, ["embeddings"]),
+        ([EMBEDDING, "transformer.wpe.weight"], {}, ["transformer.wpe"]),
+    ],
+)
+def test_what_is_not_tied_can_be_asked_for(tmp_path: Path, stored: list[str], config: dict[str, Any], include: list[str]) -> None:
+    source = write_checkpoint(tmp_path / "untied", attention() | {name: weight(64, 128) for name in stored}, config=config)
+    assert fates(streamquant.plan(source, scheme="W8A16", include=include))[stored[-1]] == "W8A16"
+
+
 @pytest.mark.parametrize(
     ("rule", "said"),
     [
