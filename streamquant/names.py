@@ -74,20 +74,23 @@ _TOKEN_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|embed_in|wte|tok_embeddings
 _STATE_SPACE = {"conv1d", "x_proj", "dt_proj", "in_proj_a", "in_proj_b", "in_proj_ba"}
 _PROJECTION = re.compile(r".*_proj(_.*)?|w\d|wq.*|wk.*|wv|wo|fc\d?|c_fc.*|(up|down|gate)|q|k|v|o|dense.*|linear.*|key|query|value")
 _EXPERT = re.compile(r"((?:.*\.)?experts)\.\d+\..*")
+# Modules that stand beside the layer of a prediction block, whatever its name.
+_BESIDE_PREDICTION = re.compile(r"\.\d+\.(?=(?:eh_proj|enorm|hnorm|shared_head)\.)")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d{1,9})\.")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """The few facts of config.json that default keeps depend on; None where it does not say."""
+    """The few facts of a checkpoint that default keeps depend on; None where config.json does not say."""
 
     num_layers: int | None = None
     num_experts: int | None = None
     ties_embeddings: bool | None = None  # lm_head is the embedding
+    prediction_layers: tuple[str, ...] = ()  # `model.layers.61.`: what else their names begin with tells that they predict more tokens
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | None) -> "ModelFacts":
-        """Reads the config of the language model, which multimodal configs nest."""
+    def from_config(cls, config: Mapping[str, Any] | None, tensors: Iterable[str] = ()) -> "ModelFacts":
+        """Reads the config of the language model, which multimodal configs nest, and the names of tensors."""
         text = whole = config or {}
         for key in ("text_config", "llm_config", "language_config"):
             if isinstance(text.get(key), dict):
@@ -98,12 +101,15 @@ class ModelFacts:
             num_layers=next((text[key] for key in ("num_hidden_layers", "n_layer") if type(text.get(key)) is int), None),
             num_experts=next((text[key] for key in expert_keys if type(text.get(key)) is int), None),
             ties_embeddings=any(ties) if ties else None,
+            prediction_layers=tuple(sorted({name[: match.end()] for name in tensors if (match := _BESIDE_PREDICTION.search(name))})),
         )
 
-    def is_past_the_layers(self, module: str) -> bool:
-        """Whether the module lies in a layer behind those of the model, which only predicts more tokens."""
+    def prediction_layer(self, module: str) -> str | None:
+        """The multi-token prediction layer (`model.layers.61`) that holds the module, if its number or what it holds tells."""
         layer = _LAYER.search(module)
-        return layer is not None and self.num_layers is not None and int(layer[1]) >= self.num_layers
+        if layer is not None and self.num_layers is not None and int(layer[1]) >= self.num_layers:
+            return module[: layer.end(1)]
+        return next((prefix[:-1] for prefix in self.prediction_layers if module.startswith(prefix)), None)
 
 
 def module_name(tensor: str) -> str:
@@ -136,7 +142,7 @@ def role_of(module: str, num_rows: int | None, facts: ModelFacts, *, besides: st
     parts = module.split(".")
     roles = set(map(_role_of_part, parts))
     if "vision" not in roles:  # numbers of the language model say nothing about a tower
-        if facts.is_past_the_layers(module):
+        if facts.prediction_layer(module) is not None:
             roles.add("mtp")
         if module in _HEADS:
             roles.add("lm_head")
@@ -176,6 +182,28 @@ def reason_to_keep_within(asked: str, module: str, num_rows: int, facts: ModelFa
         return f"{asked}: what engines do not quantize there"
     reason = reason_to_keep(module, role_of(module, num_rows, facts, besides=asked))
     return reason and f"{asked}: {reason}"
+
+
+def prediction_patterns(modules: Iterable[str], facts: ModelFacts) -> set[str]:
+    """Regular expressions, matched from the start, for the multi-token prediction blocks of these modules as engines name them.
+
+    vLLM and SGLang rename and fuse what is in them without telling the quantization config: `model.layers.61.mtp_block.self_attn.qkv_proj`
+    (vLLM, Step-3.5), `mtp.layers.0.self_attn.qkv_proj` (SGLang, Qwen), and in vLLM block i of MiMo's `model.mtp_layers` and of
+    Ernie's `model.mtp_block` is layer num_hidden_layers + i.
+    """
+    blocks = set()
+    for module in modules:
+        layer = facts.prediction_layer(module)
+        parts = (layer or module).split(".")
+        root = next((index for index, part in enumerate(parts) if _role_of_part(part) == "mtp"), None)
+        if root is None:
+            blocks.add(".".join(parts[-2:]))
+            continue
+        blocks.add(parts[root])
+        number = next((int(part) for part in parts[root:] if part.isdecimal()), None)
+        if number is not None and facts.num_layers is not None:
+            blocks.add(f"layers.{facts.num_layers + number}")
+    return {rf"(.*[.])?{re.escape(block).replace(re.escape('.'), '[.]')}[.]" for block in blocks}
 
 
 def fused_groups(modules: Iterable[tuple[str, int]]) -> list[tuple[str, ...]]:

@@ -6,6 +6,7 @@ Pure: reads nothing but the headers and the config in a `Checkpoint`. Whatever c
 import hashlib
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from streamquant.names import (
     is_head_or_embedding,
     is_stored_quantized,
     module_name,
+    prediction_patterns,
     reason_to_keep,
     reason_to_keep_within,
     role_of,
@@ -203,8 +205,17 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, max_shard_bytes: int) -
     not_linear = {NOT_A_MATRIX, EMBEDDING}
     kept = [module_name(name) for name, fate in decisions.items() if isinstance(fate, Keep) and fate.reason not in not_linear]
     has_lm_head = any(name.endswith("lm_head.weight") for name in checkpoint.tensors)
-    config = describe_quantization(quantized, kept, absent_lm_head=not has_lm_head)
+    patterns = _prediction_patterns(checkpoint, kept, quantized)
+    config = describe_quantization(quantized, kept, absent_lm_head=not has_lm_head, kept_patterns=patterns)
     return Plan(checkpoint, recipe, shards, config)
+
+
+def _prediction_patterns(checkpoint: Checkpoint, kept: Iterable[str], quantized: Iterable[str]) -> set[str]:
+    """Patterns for the multi-token prediction blocks that are kept, or none if one would match what is quantized."""
+    facts = ModelFacts.from_config(checkpoint.config, checkpoint.tensors)
+    patterns = prediction_patterns((module for module in kept if role_of(module, None, facts) == "mtp"), facts)
+    matched = re.compile("|".join(patterns)).match if patterns else None
+    return set() if matched is None or any(map(matched, quantized)) else patterns
 
 
 # --- deciding --------------------------------------------------------------------------------------------------------
@@ -231,7 +242,7 @@ def _refuse_unsupported(checkpoint: Checkpoint) -> None:
 
 def _decide(checkpoint: Checkpoint, recipe: Recipe) -> tuple[dict[str, Decision], dict[int, list[str]]]:
     """For each tensor its scheme, or why it is kept, before fused partners are brought into line; and the matrices of each rule."""
-    facts = ModelFacts.from_config(checkpoint.config)
+    facts = ModelFacts.from_config(checkpoint.config, checkpoint.tensors)
     rules, include = Matcher([rule.pattern for rule in recipe.rules]), Matcher(recipe.include)
     claims: defaultdict[int, list[str]] = defaultdict(list)
     included: set[int] = set()

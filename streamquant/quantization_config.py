@@ -29,9 +29,12 @@ def stored_like(scheme: Scheme) -> str:
     return repr((scheme.format, scheme.weights_config, scheme.activations))
 
 
-def describe_quantization(quantized: Mapping[str, Scheme], kept: Iterable[str], *, absent_lm_head: bool) -> dict[str, Any]:
+def describe_quantization(
+    quantized: Mapping[str, Scheme], kept: Iterable[str], *, absent_lm_head: bool, kept_patterns: Iterable[str] = ()
+) -> dict[str, Any]:
     """The `quantization_config` for modules with their schemes and the linear modules that were kept as they are.
 
+    `kept_patterns`: regular expressions for other names of the kept modules; native FP8 has only names.
     `absent_lm_head`: the checkpoint stores no lm_head, for it is tied to the embedding; readers that build one shall leave it alone.
     """
     ignore = sorted({*kept, "lm_head"} if absent_lm_head else set(kept))
@@ -62,7 +65,7 @@ def describe_quantization(quantized: Mapping[str, Scheme], kept: Iterable[str], 
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",  # without it transformers loads wrong weights and says nothing
         "config_groups": config_groups,
-        "ignore": ignore,
+        "ignore": [*ignore, *sorted(f"re:{pattern}" for pattern in kept_patterns)],
     }
 
 

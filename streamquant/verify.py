@@ -158,7 +158,7 @@ def _inventory(
             problems.append(weight)
         else:
             stored[module] = weight
-    facts = ModelFacts.from_config(checkpoint.config)
+    facts = ModelFacts.from_config(checkpoint.config, checkpoint.tensors)
     for module, spec in dense.items():
         scheme = scheme_of(module)
         if scheme is not None and role_of(module, spec.shape[0], facts) != "embeddings":

@@ -1,6 +1,7 @@
 """What happens to every tensor, and what is refused before a weight is read."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,64 @@ def test_a_tower_or_prediction_layer_asked_for_keeps_what_is_no_linear_in_it(tmp
     }
     named = streamquant.plan(source, scheme="mtp=W8A16,W4A16", include=["*.eh_proj"])
     assert fates(named)[f"{mtp}.eh_proj.weight"] == "W8A16"
+
+
+@pytest.mark.parametrize("router", ["mlp.gate", "block_sparse_moe.gate", "router.proj", "mlp.shared_expert_gate", "mixer.gate"])
+def test_routers_are_kept_and_ignored_by_their_full_names(tmp_path: Path, router: str) -> None:
+    """auto-round knew only mlp.gate (#1486), llm-compressor quantizes router.proj (#2714)."""
+    module = f"model.layers.1.{router}"
+    plan = streamquant.plan(write_checkpoint(tmp_path / "moe", attention() | {f"{module}.weight": weight(8, 128)}), scheme="FP8_DYNAMIC")
+    assert fates(plan)[f"{module}.weight"] == "router"
+    assert plan.quantization_config["ignore"] == ["lm_head", module]
+
+
+@pytest.mark.parametrize(
+    "tower",
+    ["visual.blocks.0.mlp", "vision_tower.encoder.layers.0.mlp.linear", "model.embed_vision", "mm_projector", "model.vision_tower.9"],
+)
+def test_towers_are_kept_although_their_projections_are_named_like_those_of_the_model(tmp_path: Path, tower: str) -> None:
+    """Patterns such as *mlp.*_proj sweep them in (Model-Optimizer#2312)."""
+    plan = streamquant.plan(write_checkpoint(tmp_path / "vlm", attention() | mlp(tower)), scheme="FP8_DYNAMIC")
+    names = [f"{tower}.{leaf}_proj" for leaf in ("down", "gate", "up")]
+    assert {fates(plan)[f"{name}.weight"] for name in names} == {"vision or audio tower, or projector"}
+    assert plan.quantization_config["ignore"] == ["lm_head", *names]
+
+
+@pytest.mark.parametrize(
+    ("block", "engine_names"),
+    [
+        ("mtp.layers.0", ["mtp.layers.0.mlp.gate_up_proj"]),
+        ("model.mtp_layers.0", ["model.layers.2.mlp.gate_up_proj", "model.layers.2.mtp_block.mlp.gate_up_proj"]),
+        ("model.layers.2", ["model.layers.2.mtp_block.mlp.gate_up_proj", "model.layers.2.head"]),
+        ("model.language_model.layers.2", ["language_model.model.layers.2.mlp.gate_up_proj"]),
+        ("model.predictor.0", ["model.predictor.0.mlp.gate_up_proj"]),  # told by eh_proj and the norms beside the MLP
+    ],
+)
+def test_prediction_layers_are_kept_and_ignored_by_their_own_and_the_engines_names(
+    tmp_path: Path, block: str, engine_names: list[str]
+) -> None:
+    """Names that vLLM and SGLang build for their modules, from model_executor/models/*_mtp.py; fused without a mapping."""
+    tensors = attention() | mlp(f"{block}.mlp") | {f"{block}.eh_proj.weight": weight(128, 256), f"{block}.enorm.weight": weight(128)}
+    plan = streamquant.plan(write_checkpoint(tmp_path / "mtp", tensors), scheme="FP8_DYNAMIC")
+    own = [name.removesuffix(".weight") for name in tensors if name.startswith(block) and "norm" not in name]
+    assert {fates(plan)[f"{name}.weight"] for name in own} == {"multi-token prediction"}
+    ignore = plan.quantization_config["ignore"]
+    assert set(own) <= set(ignore)
+    patterns = [re.compile(entry.removeprefix("re:")) for entry in ignore if entry.startswith("re:")]
+    assert all(any(pattern.match(name) for pattern in patterns) for name in engine_names)
+    assert not any(pattern.match(f"model.layers.{layer}.self_attn.qkv_proj") for pattern in patterns for layer in (0, 1, 20))
+
+
+def test_no_pattern_for_prediction_layers_matches_what_is_quantized(tmp_path: Path) -> None:
+    tensors = attention() | mlp("model.layers.2.mlp") | mlp("visual.layers.2.mlp")
+    source = write_checkpoint(tmp_path / "both", tensors)
+    kept = [f"model.layers.2.mlp.{leaf}_proj" for leaf in ("down", "gate", "up")]
+    ignore = streamquant.plan(source, scheme="vision=W8A16,FP8_DYNAMIC").quantization_config["ignore"]
+    assert ignore == ["lm_head", *kept]
+    assert streamquant.plan(source, scheme="mtp=W8A16,attention=W8A16").quantization_config["ignore"] == [
+        "lm_head",
+        *(f"visual.layers.2.mlp.{leaf}_proj" for leaf in ("down", "gate", "up")),
+    ]
 
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
