@@ -35,9 +35,16 @@ def _default(name: str) -> Any:
 def _recipe_options(command: Command) -> Command:
     """The options that decide what a conversion does, shared by `convert` and `plan`."""
     options = [
-        click.option("--scheme", metavar="SCHEME", help="Preset for every linear weight that is not kept; see `streamquant schemes`."),
+        click.option(
+            "--scheme",
+            metavar="SCHEME",
+            help="Preset for every linear weight that is not kept (see `streamquant schemes`), "
+            "or several by role or pattern: experts=NVFP4A16, attention=keep, W8A8.",
+        ),
         click.option("--recipe", metavar="FILE", help="TOML file of ordered rules: pattern -> scheme or keep."),
-        click.option("--ignore", metavar="PATTERN", multiple=True, help="Keep these modules: a name, a glob or re:REGEX. Repeatable."),
+        click.option(
+            "--ignore", metavar="PATTERN", multiple=True, help="Keep these modules: a role, a name, a glob or re:REGEX. Repeatable."
+        ),
         click.option("--include", metavar="PATTERN", multiple=True, help="Quantize these although they are kept by default. Repeatable."),
         click.option("--observer", type=click.Choice(list(OBSERVERS)), help="How bounds of weights are found; minmax if not given."),
         click.option("--group-size", type=int, metavar="N", help="Columns that share a scale, for integer schemes."),

@@ -132,10 +132,11 @@ def convert(
 ) -> Conversion:
     """Quantize the checkpoint `source`, a directory or a .safetensors file, into the new directory `out`.
 
-    scheme: preset (see `streamquant schemes`) for every linear weight that is not kept; or None, with a `recipe`.
+    scheme: preset (see `streamquant schemes`) for every linear weight that is not kept, or several by role or pattern
+        ("experts=NVFP4A16,attention=FP8_BLOCK"); or None, with a `recipe`.
     recipe: TOML file of ordered rules (recipe.py); its rules come before `scheme`.
     ignore, include: patterns of modules to keep, and of modules to quantize although they are kept by default.
-    observer, group_size, symmetric, strategy, scale_dtype: settings of `scheme` in place of its own.
+    observer, group_size, symmetric, strategy, scale_dtype: settings of each scheme in `scheme` in place of its own.
     format: "compressed-tensors", or "fp8" for native block FP8.
     max_shard_size: bytes, or a size such as "5GB", of a file of the output.
     device: "auto" takes a GPU if there is one, else the CPU; also "cpu", "cuda", "cuda:1". The output is the same.

@@ -6,7 +6,9 @@ Pure: reads nothing but the headers and the config in a `Checkpoint`. Whatever c
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -16,8 +18,22 @@ from streamquant.checkpoint.layout import Layout
 from streamquant.checkpoint.source import Checkpoint
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.inputs import Inventory, Stack, Weight
-from streamquant.names import EMBEDDING, WEIGHT_SUFFIX, ModelFacts, fused_groups, is_expert, module_name, reason_to_keep
-from streamquant.quantization_config import describe_quantization, is_named_only
+from streamquant.names import (
+    EMBEDDING,
+    KEPT_ROLES,
+    ROLES,
+    WEIGHT_SUFFIX,
+    ModelFacts,
+    experts_of,
+    fused_groups,
+    is_head_or_embedding,
+    module_name,
+    prediction_patterns,
+    reason_to_keep,
+    reason_to_keep_within,
+    role_of,
+)
+from streamquant.quantization_config import describe_quantization, is_named_only, stored_like
 from streamquant.recipe import Matcher, Recipe, Rule
 from streamquant.schemes import PLAIN, Scheme
 from streamquant.schemes.fp8 import Fp8
@@ -98,6 +114,7 @@ class Keep:
 
     reason: str
     by_user: bool = False
+    partner: str | None = None  # the fused partner that is kept and is why
 
 
 Decision = Scheme | Keep
@@ -182,8 +199,11 @@ def make_plan(checkpoint: Checkpoint, inventory: Inventory, recipe: Recipe, *, m
     if inventory.problems:
         more = f" (and {len(inventory.problems) - 1} more)" if len(inventory.problems) > 1 else ""
         raise CheckpointError(f"{inventory.problems[0]}{more}")
-    decisions = _decide(checkpoint, inventory, recipe)
+    facts = ModelFacts.from_config(checkpoint.config, checkpoint.tensors)
+    decisions, claims = _decide(inventory, recipe, facts)
     groups = _fused(inventory, decisions)
+    _refuse_idle(recipe, claims, decisions)
+    _refuse_mixed_experts(decisions)
     shards = _lay_out(_draft(inventory, decisions, groups), checkpoint.layout, max_shard_bytes)
 
     encoded = [step for shard in shards for step in shard.steps if isinstance(step, Encode)]
@@ -192,49 +212,66 @@ def make_plan(checkpoint: Checkpoint, inventory: Inventory, recipe: Recipe, *, m
             raise RequestError(f"nothing in {checkpoint.source} is quantized, so nothing would be unpacked")
         raise RequestError(f"nothing in {checkpoint.source} would be quantized: every tensor is kept; --include overrides default keeps")
     quantized = {member.module: step.scheme for step in encoded for member in step.members if not isinstance(step.scheme, Plain)}
+    return Plan(checkpoint, recipe, shards, _describe(inventory, decisions, quantized, facts), inventory.dropped)
+
+
+def _describe(
+    inventory: Inventory, decisions: Mapping[str, Decision], quantized: Mapping[str, Scheme], facts: ModelFacts
+) -> Mapping[str, Any]:
+    """The quantization_config, empty if nothing is quantized."""
+    if not quantized:
+        return {}
     kept = [
         weight.module
         for weight in inventory.weights
         if weight.module not in quantized and _reason(decisions[weight.name]) != EMBEDDING
     ]  # fmt: skip
-    has_lm_head = any(item.name.endswith("lm_head.weight") for item in inventory.weights)
-    config = describe_quantization(quantized, kept, absent_lm_head=not has_lm_head) if quantized else {}
-    return Plan(checkpoint, recipe, shards, config, inventory.dropped)
+    has_lm_head = any(weight.name.endswith("lm_head.weight") for weight in inventory.weights)
+    patterns = _prediction_patterns(facts, kept, quantized)
+    return describe_quantization(quantized, kept, absent_lm_head=not has_lm_head, kept_patterns=patterns)
+
+
+def _prediction_patterns(facts: ModelFacts, kept: Iterable[str], quantized: Iterable[str]) -> set[str]:
+    """Patterns for the multi-token prediction blocks that are kept, or none if one would match what is quantized."""
+    patterns = prediction_patterns((module for module in kept if role_of(module, None, facts) == "mtp"), facts)
+    matched = re.compile("|".join(patterns)).match if patterns else None
+    return set() if matched is None or any(map(matched, quantized)) else patterns
 
 
 # --- deciding --------------------------------------------------------------------------------------------------------
 
 
-def _decide(checkpoint: Checkpoint, inventory: Inventory, recipe: Recipe) -> dict[str, Decision]:
-    """For each tensor its scheme, or why it is kept, before fused partners are brought into line."""
-    facts = ModelFacts.from_config(checkpoint.config)
+def _decide(inventory: Inventory, recipe: Recipe, facts: ModelFacts) -> tuple[dict[str, Decision], dict[int, list[str]]]:
+    """For each matrix its scheme, or why it is kept, before fused partners are brought into line; and the matrices of each rule."""
     rules, include = Matcher([rule.pattern for rule in recipe.rules]), Matcher(recipe.include)
-    used: set[int | None] = set()
-    included: set[int | None] = set()
+    claims: defaultdict[int, list[str]] = defaultdict(list)
+    included: set[int] = set()
     decisions: dict[str, Decision] = {}
+    roles: dict[str, str | None] = {}  # of the modules with a matrix
     for weight in inventory.weights:
-        index, include_index = rules.first(weight.module), include.first(weight.module)
-        used.add(index)
-        included.add(include_index)
-        default = reason_to_keep(weight.module, weight.shape[0], facts) if include_index is None else None
+        module = weight.module
+        role = roles[module] = role_of(module, weight.shape[0], facts)
+        index, include_index = rules.first(module, role), include.first(module, role)
+        default = reason_to_keep(module, role)
+        if include_index is not None:
+            included.add(include_index)
+            asked = recipe.include[include_index]
+            default = reason_to_keep_within(asked, module, weight.shape[0], facts) if asked in KEPT_ROLES else None
+        if index is not None:
+            claims[index].append(weight.name)
         decisions[weight.name] = _decision(weight, None if index is None else recipe.rules[index], default=default)
-    for item in inventory.items:
-        if isinstance(item, Stack) and item.problem:
-            index = rules.first(item.name)
-            used.add(index)
-            asked = None if index is None else recipe.rules[index].scheme
-            if asked is not None and not isinstance(asked, Plain) and reason_to_keep(item.name, 0, facts) is None:
-                raise CheckpointError(item.problem)
-    modules = [module_name(item.name) for item in inventory.items]
-    matrices = [weight.module for weight in inventory.weights]
-    modules += matrices
+    others = {
+        module_name(item.name): role_of(module_name(item.name), None, facts) for item in inventory.items if not isinstance(item, Weight)
+    }
+    _refuse_unknown_stacks(inventory, recipe, rules, others)
+    pointless = [recipe.include[number] for number in include.unmatched(roles, used=included)]
+    _refuse_tied(facts, roles, decisions, pointless)
     # A pattern that matches nothing is a mistake. One that gives a scheme must match something that could have one.
-    for number in rules.unmatched(matrices, used={index for index in used if index is not None}):
-        _refuse_unmatched(recipe.rules[number], modules=modules, matrices=matrices)
-    for number in include.unmatched(matrices, used={index for index in included if index is not None}):
-        pattern = recipe.include[number]
-        raise RequestError(f"--include: pattern {pattern!r} matches no weight that can be quantized{_hint(pattern, matrices)}")
-    return decisions
+    for number in rules.unmatched(roles, used=claims):
+        _refuse_unmatched(recipe.rules[number], modules=others | roles, matrices=roles)
+    for pattern in pointless:
+        raise RequestError(f"--include: {_called(pattern)} matches no weight that can be quantized{_hint(pattern, roles)}")
+    return decisions, claims
 
 
 def _decision(weight: Weight, rule: Rule | None, *, default: str | None) -> Decision:
@@ -254,23 +291,75 @@ def _decision(weight: Weight, rule: Rule | None, *, default: str | None) -> Deci
         raise RequestError(f"{weight.name} is {weight.dtype}; only {', '.join(DENSE_DTYPES)} can be quantized ({_way_out([weight.name])})")
     if not weight.num_elements:
         return Keep("empty")
-    return rule.scheme.for_expert() if is_expert(weight.module) else rule.scheme
+    return rule.scheme if experts_of(weight.module) is None else rule.scheme.for_expert()
 
 
 def _reason(decision: Decision) -> str | None:
     return decision.reason if isinstance(decision, Keep) else None
 
 
-def _refuse_unmatched(rule: Rule, *, modules: Sequence[str], matrices: Sequence[str]) -> None:
-    """Raise RequestError for a rule that matches no matrix, unless it keeps something else."""
+def _refuse_unknown_stacks(inventory: Inventory, recipe: Recipe, rules: Matcher, roles: Mapping[str, str | None]) -> None:
+    """Raise CheckpointError for a stack of experts that is to be quantized and of which nobody knows how to take it apart."""
+    for item in inventory.items:
+        if isinstance(item, Stack) and item.problem:
+            module = module_name(item.name)
+            index = rules.first(module, roles[module])
+            asked = None if index is None else recipe.rules[index].scheme
+            if asked is not None and not isinstance(asked, Plain) and reason_to_keep(module, roles[module]) is None:
+                raise CheckpointError(item.problem)
+
+
+def _refuse_tied(facts: ModelFacts, roles: Mapping[str, str | None], decisions: Mapping[str, Decision], pointless: Sequence[str]) -> None:
+    """Raise RequestError if lm_head or the embedding is to be quantized although both are one weight.
+
+    `pointless`: the patterns to include that match nothing; lm_head may be among them, for a tied model need not store it.
+    """
+    tied = facts.ties_embeddings
+    if tied is None:
+        tied = "embeddings" in roles.values() and "lm_head" not in roles.values()
+    if not tied:
+        return
+    asked = [
+        module
+        for module, role in roles.items()
+        if is_head_or_embedding(module, role) and not isinstance(decisions[module + WEIGHT_SUFFIX], Keep)
+    ]
+    asked += [pattern for pattern in pointless if Matcher([pattern]).first("lm_head", "lm_head") is not None]
+    if asked:
+        raise RequestError(
+            f"{asked[0]} cannot be quantized: the model ties lm_head to its embedding, and engines read both as one weight "
+            "(do not ask for it; or untie them first: store lm_head.weight and set tie_word_embeddings to false in config.json)"
+        )
+
+
+def _refuse_unmatched(rule: Rule, *, modules: Mapping[str, str | None], matrices: Mapping[str, str | None]) -> None:
+    """Raise RequestError for a rule that matches no matrix, unless it keeps something else. Modules come with their roles."""
     if rule.scheme is not None:
         hint = _hint(rule.pattern, matrices)
-        raise RequestError(f"{rule.origin}: pattern {rule.pattern!r} matches no weight that can be quantized{hint}")
-    if not any(map(Matcher([rule.pattern]).matches, modules)):
-        raise RequestError(f"{rule.origin}: pattern {rule.pattern!r} matches no module{_hint(rule.pattern, modules)}")
+        raise RequestError(f"{rule.origin}: {_called(rule.pattern)} matches no weight that can be quantized{hint}")
+    if not Matcher([rule.pattern]).matches_any(modules):
+        raise RequestError(f"{rule.origin}: {_called(rule.pattern)} matches no module{_hint(rule.pattern, modules)}")
 
 
-def _hint(pattern: str, modules: Sequence[str]) -> str:
+def _refuse_idle(recipe: Recipe, claims: Mapping[int, Sequence[str]], decisions: Mapping[str, Decision]) -> None:
+    """Raise RequestError for a rule that asks for a scheme which nothing gets, for all its matrices are kept by default."""
+    for number, names in claims.items():
+        rule = recipe.rules[number]
+        kept = {name: fate for name in names if isinstance(fate := decisions[name], Keep)}
+        if rule.scheme is not None and not rule.is_default and len(kept) == len(names):
+            reasons = ", ".join(dict.fromkeys(fate.reason for fate in kept.values()))
+            way_out = _options("--include", [fate.partner or name for name, fate in kept.items()])
+            raise RequestError(
+                f"{rule.origin}: {_called(rule.pattern)} gets {rule.scheme.preset} nowhere: all it matches is kept by default, {reasons}"
+                f" (to quantize it all the same: {way_out})"
+            )
+
+
+def _called(pattern: str) -> str:
+    return f"{'role' if pattern in ROLES else 'pattern'} {pattern!r}"
+
+
+def _hint(pattern: str, modules: Iterable[str]) -> str:
     """A module whose last parts are the pattern, offered where a plain name matches nothing."""
     if not pattern.startswith("re:") and any(module.endswith("." + pattern) for module in modules):
         return f" (did you mean '*.{pattern}'?)"
@@ -292,11 +381,30 @@ def _fused(inventory: Inventory, decisions: dict[str, Decision]) -> list[tuple[s
             raise RequestError(f"engines load these as one weight, so they need one scheme: {said}")
         if kept:
             name, fate = next(iter(kept.items()))
-            partner = Keep(f"fused with {module_name(name)}, which is kept: {fate.reason}")
+            partner = Keep(f"fused with {module_name(name)}, which is kept: {fate.reason}", partner=name)
             decisions.update({name: partner for name in names if name not in kept})
             continue
         groups.append(names)
     return groups
+
+
+def _refuse_mixed_experts(decisions: Mapping[str, Decision]) -> None:
+    """Raise RequestError if the experts of one layer are not all stored in one way, for engines load them as one weight."""
+    firsts: dict[str, tuple[str, Decision]] = {}
+    for name, decision in decisions.items():
+        experts = experts_of(module_name(name))
+        if experts is None:
+            continue
+        first, decided = firsts.setdefault(experts, (name, decision))
+        if decision != decided and _stored_as(decision) != _stored_as(decided):
+            raise RequestError(
+                f"{experts}: engines load the experts of a layer as one, so they need one scheme: {module_name(first)} {_said(decided)}, "
+                f"{module_name(name)} {_said(decision)} ({_way_out([name])})"
+            )
+
+
+def _stored_as(decision: Decision) -> str:
+    return "kept" if isinstance(decision, Keep) else stored_like(decision)
 
 
 def _said(decision: Decision) -> str:
@@ -437,17 +545,20 @@ def _problems(weights: Sequence[Weight], scheme: Scheme) -> list[str]:
 
 
 def _way_out(names: Sequence[str]) -> str:
-    patterns = list(dict.fromkeys(module_name(name) for name in names))
+    return "to leave it as it is: " + _options("--ignore", names)
+
+
+def _options(flag: str, names: Sequence[str]) -> str:
+    """The flag for each of these weights, all experts of a layer being one; for more than three with globs."""
+    patterns = list(dict.fromkeys(experts_of(module) or module for module in map(module_name, names)))
     if len(patterns) > 3:
         patterns = list(dict.fromkeys(_glob(module) for module in patterns))
-    return "to leave it as it is: " + " ".join(f"--ignore '{pattern}'" for pattern in patterns)
+    return " ".join(f"{flag} '{pattern}'" for pattern in patterns)
 
 
 def _glob(module: str) -> str:
-    """The last parts of a name, from a named one on, for all layers: `*.experts.*.up_proj`."""
-    parts = ["*" if part.isdecimal() else part for part in module.split(".")]
-    start = -4 if parts[-2:-1] == ["*"] else -2
-    return ".".join(["*", *parts[start:]])
+    """The last two parts of a name, for all layers: `*.mlp.up_proj`."""
+    return ".".join(["*", *module.split(".")[-2:]])
 
 
 # --- laying out ------------------------------------------------------------------------------------------------------

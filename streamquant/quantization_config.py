@@ -26,9 +26,17 @@ def is_named_only(module: str) -> bool:
     return _NAMED_ONLY.fullmatch(module) is not None
 
 
-def describe_quantization(quantized: Mapping[str, Scheme], kept: Iterable[str], *, absent_lm_head: bool) -> dict[str, Any]:
+def stored_like(scheme: Scheme) -> str:
+    """Equal for schemes that are one to an engine: what is stored and computed, whatever observer chose the scales."""
+    return repr((scheme.format, scheme.weights_config, scheme.activations))
+
+
+def describe_quantization(
+    quantized: Mapping[str, Scheme], kept: Iterable[str], *, absent_lm_head: bool, kept_patterns: Iterable[str] = ()
+) -> dict[str, Any]:
     """The `quantization_config` for modules with their schemes and the linear modules that were kept as they are.
 
+    `kept_patterns`: regular expressions for other names of the kept modules; native FP8 has only names.
     `absent_lm_head`: the checkpoint stores no lm_head, for it is tied to the embedding; readers that build one shall leave it alone.
     """
     kept = set(kept)
@@ -38,8 +46,7 @@ def describe_quantization(quantized: Mapping[str, Scheme], kept: Iterable[str], 
         ignore.add("lm_head")
     by_args: dict[str, tuple[Scheme, list[str]]] = {}
     for module, scheme in quantized.items():
-        key = repr((scheme.format, scheme.weights_config, scheme.activations))
-        by_args.setdefault(key, (scheme, []))[1].append(module)
+        by_args.setdefault(stored_like(scheme), (scheme, []))[1].append(module)
     groups = list(by_args.values())
     if groups and isinstance(groups[0][0], NativeFp8):
         return {
@@ -64,7 +71,7 @@ def describe_quantization(quantized: Mapping[str, Scheme], kept: Iterable[str], 
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",  # without it transformers loads wrong weights and says nothing
         "config_groups": config_groups,
-        "ignore": sorted(ignore),
+        "ignore": [*sorted(ignore), *sorted(f"re:{pattern}" for pattern in kept_patterns)],
     }
 
 

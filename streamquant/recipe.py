@@ -1,12 +1,13 @@
 """Recipes: ordered rules that say which module gets which scheme.
 
-The first rule whose pattern matches a module decides. Patterns are names of modules (`model.layers.3`), globs (`*.self_attn`; `*`
-crosses dots), both of which stand for the modules below as well, or regular expressions (`re:.*q_proj`, matched from the start as
-compressed-tensors does). Modules that are kept by default (names.py) stay kept, whatever a rule says, unless `include` names them.
+The first rule whose pattern matches a module decides. Patterns are roles (`experts`; names.py has them all), names of modules
+(`model.layers.3`), globs (`*.self_attn`; `*` crosses dots), both of which stand for the modules below as well, or regular expressions
+(`re:.*q_proj`, matched from the start as compressed-tensors does). Modules that are kept by default (names.py) stay kept, whatever a
+rule says, unless `include` names them; a rule that gives a scheme to a role which is kept by default includes it.
 
-A recipe file is TOML:
+A recipe is one line, `experts=NVFP4A16,*.layers.0=keep,FP8_DYNAMIC`, where the bare scheme is for what no rule matches, or a TOML file:
 
-    scheme = "FP8_DYNAMIC"                # for what no rule matches; without it, that is kept
+    scheme = "FP8_DYNAMIC"                # for what no rule matches, or a line; without it, that is kept
     ignore = ["lm_head"]
     include = []                          # quantize these although they are kept by default
 
@@ -23,12 +24,13 @@ A recipe file is TOML:
 import fnmatch
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from streamquant.errors import RequestError
+from streamquant.names import KEPT_ROLES, ROLES
 from streamquant.schemes import Scheme, find_scheme
 
 SCHEME_SETTINGS = ("observer", "group_size", "symmetric", "strategy", "scale_dtype")
@@ -42,6 +44,7 @@ class Rule:
     pattern: str
     scheme: Scheme | None  # None: keep
     origin: str  # where the user wrote it
+    is_default: bool = False  # for what no other rule matches
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +69,9 @@ def make_recipe(
     format: str = "compressed-tensors",
     **settings: Any,
 ) -> Recipe:
-    """The recipe that the arguments of `convert` describe. `settings` (SCHEME_SETTINGS) are those of `scheme`.
+    """The recipe that the arguments of `convert` describe. `settings` (SCHEME_SETTINGS) are those of each scheme in `scheme`.
 
-    Order: `ignore`, the rules of the file, then `scheme` for the rest. Raises RequestError for anything that could not be obeyed.
+    Order: `ignore`, the rules of the file, then `scheme`. Raises RequestError for anything that could not be obeyed.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     document = {} if recipe is None else _read_document(Path(recipe))
@@ -81,7 +84,7 @@ def make_recipe(
         raise RequestError(f"both --scheme {scheme} and scheme = {file_scheme!r} in {recipe}; leave one away")
     rules = [Rule(pattern, None, "--ignore") for pattern in ignore]
     rules += [Rule(pattern, None, f"ignore in {recipe}") for pattern in _patterns(document.pop("ignore", []), f"{recipe}: ignore")]
-    include = (*include, *_patterns(document.pop("include", []), f"{recipe}: include"))
+    include = [*include, *_patterns(document.pop("include", []), f"{recipe}: include")]
     entries = document.pop("rule", [])
     if not isinstance(entries, list):
         raise RequestError(f"{recipe}: rules must be tables, written [[rule]]")
@@ -89,12 +92,34 @@ def make_recipe(
         rules += _read_rule(entry, where=f"{recipe}: rule {number}", format=format)
     if document:
         raise RequestError(f"{recipe}: unknown key {next(iter(document))!r}; known are scheme, ignore, include, rule")
-    default = scheme or file_scheme
-    if default is not None:
-        rules.append(Rule("*", find_scheme(default, format=format, **given), "--scheme"))
+    line = scheme or file_scheme
+    if line is not None:
+        rules += _read_line(line, origin="--scheme" if scheme else f"scheme in {recipe}", format=format, settings=given)
     if all(rule.scheme is None for rule in rules):
         raise RequestError("nothing to do: give --scheme or a recipe with at least one scheme")
-    return Recipe(tuple(rules), tuple(include))
+    include += [rule.pattern for rule in rules if rule.scheme is not None and rule.pattern in KEPT_ROLES]
+    # Roles last: who names a module that is kept even within an included tower means it.
+    return Recipe(tuple(rules), tuple(sorted(dict.fromkeys(include), key=lambda pattern: pattern in KEPT_ROLES)))
+
+
+def _read_line(line: str, *, origin: str, format: str, settings: Mapping[str, Any]) -> list[Rule]:
+    """The rules of `SCHEME`, or of entries `PATTERN=SCHEME`, `PATTERN=keep` and at most one bare SCHEME, which is for the rest."""
+    rules: dict[str, Rule] = {}
+    default = None
+    for entry in line.split(","):
+        pattern, equals, name = (part.strip() for part in entry.rpartition("="))
+        if not name or bool(equals) != bool(pattern):
+            raise RequestError(f"{origin}: {entry.strip()!r} in {line!r} is neither PATTERN=SCHEME, PATTERN=keep nor SCHEME")
+        scheme = None if equals and name.lower() == "keep" else find_scheme(name, format=format, **settings)
+        if pattern in rules:
+            raise RequestError(f"{origin}: {pattern!r} is in {line!r} twice, and the first decides; leave one away")
+        if pattern:
+            rules[pattern] = Rule(pattern, scheme, origin)
+        elif default is not None:
+            raise RequestError(f"{origin}: {line!r} has two schemes for the rest; give one of them a pattern: PATTERN={name}")
+        else:
+            default = Rule("*", scheme, origin, is_default=True)
+    return [*rules.values(), *([] if default is None else [default])]
 
 
 def _read_document(path: Path) -> dict[str, Any]:
@@ -141,10 +166,11 @@ def _option(name: str) -> str:
 
 
 class Matcher:
-    """Finds the first of many patterns that matches a name, with one compiled expression for all of them."""
+    """Finds the first of many patterns that matches a module, with one compiled expression for all of them."""
 
     def __init__(self, patterns: Sequence[str]):
         self.patterns = tuple(patterns)
+        self._roles: dict[str | None, int] = {}
         self._exact: dict[str, int] = {}
         alternatives = []
         for index, pattern in enumerate(self.patterns):
@@ -153,15 +179,16 @@ class Matcher:
             if pattern.startswith("re:") or any(mark in pattern for mark in "*?["):
                 alternatives.append(f"(?P<p{index}>{_expression(pattern)})")
             else:
-                self._exact.setdefault(pattern, index)
+                plain = self._roles if pattern in ROLES else self._exact
+                plain.setdefault(pattern, index)
         try:
             self._expression = re.compile("|".join(alternatives)) if alternatives else None
         except re.error as error:
             raise RequestError(f"patterns do not combine into one regular expression: {error}") from None
 
-    def first(self, name: str) -> int | None:
-        """The index of the first pattern that matches `name`, or None."""
-        found = []
+    def first(self, name: str, role: str | None) -> int | None:
+        """The index of the first pattern that matches the module of this name and role, or None."""
+        found = [self._roles[role]] if role in self._roles else []
         if self._exact:
             end = len(name)
             while end > 0:  # the module itself, then each module around it
@@ -172,14 +199,14 @@ class Matcher:
             found.append(int(str(match.lastgroup)[1:]))
         return min(found, default=None)
 
-    def unmatched(self, names: Sequence[str], *, used: Iterable[int]) -> list[int]:
-        """The indices of the patterns that match none of `names`; those `used` are known to be the first match of one."""
+    def unmatched(self, roles: Mapping[str, str | None], *, used: Iterable[int]) -> list[int]:
+        """The indices of the patterns that match none of the modules in `roles`; those `used` are known to be the first match of one."""
         suspects = sorted(set(range(len(self.patterns))).difference(used))
-        return [index for index in suspects if not any(map(Matcher([self.patterns[index]]).matches, names))]
+        return [index for index in suspects if not Matcher([self.patterns[index]]).matches_any(roles)]
 
-    def matches(self, name: str) -> bool:
-        """Whether any pattern matches `name`."""
-        return self.first(name) is not None
+    def matches_any(self, roles: Mapping[str, str | None]) -> bool:
+        """Whether any pattern matches any of these modules, given with their roles."""
+        return any(self.first(name, role) is not None for name, role in roles.items())
 
 
 def _expression(pattern: str) -> str:

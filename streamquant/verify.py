@@ -18,7 +18,7 @@ from streamquant.checkpoint.source import Checkpoint, LocalSource, Source, read_
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.inputs import Inventory, Stack, Weight, find_weights, read_tensor
 from streamquant.memory import BLOCK_ELEMENTS, COPY_BYTES, row_blocks
-from streamquant.names import EMBEDDING, ModelFacts, fused_groups, reason_to_keep
+from streamquant.names import ModelFacts, fused_groups, role_of
 from streamquant.quantization_config import quantized_modules
 from streamquant.schemes import Scheme
 from streamquant.stored import stored_tensors
@@ -131,12 +131,12 @@ def _container_problems(checkpoint: Checkpoint, source: LocalSource) -> list[str
 
 def _config_problems(checkpoint: Checkpoint, inventory: Inventory, scheme_of: Callable[[str], Scheme | None]) -> list[str]:
     """Where the config and the tensors disagree."""
-    facts = ModelFacts.from_config(checkpoint.config)
+    facts = ModelFacts.from_config(checkpoint.config, checkpoint.tensors)
     problems = []
     for weight in inventory.weights:
         module, scheme = weight.module, scheme_of(weight.module)
         if not weight.is_quantized:
-            if scheme is not None and reason_to_keep(module, weight.shape[0], facts) != EMBEDDING:
+            if scheme is not None and role_of(module, weight.shape[0], facts) != "embeddings":
                 problems.append(f"{module} is stored as {weight.dtype}, but quantization_config says {scheme.preset}")
             elif weight.dtype in CODE_DTYPES:
                 problems.append(f"{module} is stored as {weight.dtype} and has no scale")

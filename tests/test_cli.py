@@ -42,6 +42,12 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_line_of_roles_is_a_recipe(tmp_path: Path) -> None:
+    done = run("convert", WIKI_LLAMA, tmp_path / "out", "--scheme", "mlp=NVFP4A16, attention=FP8_DYNAMIC", "--observer", "mse")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "quantized   42 weights to NVFP4A16 (mse), FP8_DYNAMIC (mse); 12 fused groups" in done.stdout
+
+
 def test_quiet_is_quiet(tmp_path: Path) -> None:
     done = run("convert", WIKI_LLAMA, tmp_path / "out", "--scheme", "W8A8", "--quiet")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -52,6 +58,8 @@ def test_quiet_is_quiet(tmp_path: Path) -> None:
     [
         (["convert", WIKI_LLAMA, "{tmp}/out"], 2, "nothing to do: give --scheme"),
         (["convert", WIKI_LLAMA, "{tmp}/out", "--scheme", "W4A17"], 2, "unknown scheme 'W4A17'; known are FP8_DYNAMIC"),
+        (["convert", WIKI_LLAMA, "{tmp}/out", "--scheme", "experts=W4A16,W8A16"], 2, "role 'experts' matches no weight"),
+        (["plan", WIKI_LLAMA, "--scheme", "mlp=W4A16", "--ignore", "mlp"], 2, "nothing in"),
         (["convert", WIKI_LLAMA, "{tmp}/out", "--scheme", "FP8"], 2, "take calibration data; without data use FP8_DYNAMIC"),
         (["convert", WIKI_LLAMA, "{tmp}/out", "--schema", "W4A16"], 2, "No such option"),
         (["convert", WIKI_LLAMA, "{tmp}/out", "--scheme", "W4A16", "--device", "tpu"], 2, "unknown device 'tpu'"),

@@ -1,8 +1,10 @@
 """Fused partners and default keeps, on names of real models."""
 
+from typing import Any
+
 import pytest
 
-from streamquant.names import EMBEDDING, ModelFacts, fused_groups, name_in_vllm, reason_to_keep
+from streamquant.names import EMBEDDING, KEPT_ROLES, ModelFacts, fused_groups, name_in_vllm, reason_to_keep, role_of
 
 LAYER = "model.layers.3."
 
@@ -56,6 +58,8 @@ FACTS = ModelFacts(num_layers=61, num_experts=512)
         ("vision_language_adapter.w_in", "tower"),
         ("patch_merger.merging_layer", "tower"),
         ("mm_whisper_embeddings.whisper_encoder.transformer.layers.0.attention.wq", "tower"),
+        ("embed_out", "lm_head"),
+        ("language_model.lm_head", "lm_head"),
         ("model.embed_tokens", EMBEDDING),
         ("transformer.wte", EMBEDDING),
         ("bert.embeddings.word_embeddings", EMBEDDING),
@@ -77,6 +81,7 @@ FACTS = ModelFacts(num_layers=61, num_experts=512)
         ("multi_modal_projector.linear_1", "tower"),
         ("mm_projector.gate_proj", "tower"),
         ("audio_tower.layers.0.self_attn.q_proj", "tower"),
+        ("vision_tower.encoder.layers.70.mlp.fc1", "tower"),  # more layers than the language model
         ("mtp.fc", "multi-token"),
         ("model.layers.61.eh_proj", "multi-token"),
         ("model.layers.61.mlp.experts.0.up_proj", "multi-token"),
@@ -84,7 +89,7 @@ FACTS = ModelFacts(num_layers=61, num_experts=512)
     ],
 )
 def test_what_is_kept_by_default(module: str, part_of_reason: str) -> None:
-    assert part_of_reason in str(reason_to_keep(module, 512, FACTS))
+    assert part_of_reason in str(reason_to_keep(module, role_of(module, 512, FACTS)))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +101,45 @@ def test_what_is_kept_by_default(module: str, part_of_reason: str) -> None:
 )  # fmt: skip
 def test_projections_are_not_mistaken_for_routers_even_with_as_many_rows_as_experts(module: str) -> None:
     """Qwen3-Next has 512 experts, k_proj of 512 rows and experts of 512 rows."""
-    assert reason_to_keep(LAYER + module, 512, FACTS) is None
+    role = role_of(LAYER + module, 512, FACTS)
+    assert role not in KEPT_ROLES
+    assert reason_to_keep(LAYER + module, role) is None
+
+
+@pytest.mark.parametrize(
+    ("role", "modules"),
+    [
+        ("experts", ["mlp.experts.0.gate_proj", "block_sparse_moe.experts.3.w1", "feed_forward.experts.1.down_proj",
+                     "mixer.experts.0.up_proj", "ffn.experts.mlp.w1"]),
+        ("shared_experts", ["mlp.shared_expert.up_proj", "mlp.shared_experts.down_proj", "mixer.shared_experts.up_proj", "shared_mlp.w1",
+                            "feed_forward.shared_expert.gate_proj", "share_expert.up_proj"]),
+        ("attention", ["self_attn.qkv_proj", "attention.wqkv", "attn.c_attn", "linear_attn.in_proj_qkvz", "linear_attn.out_proj",
+                       "self_attention.query_key_value", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.indexer.wk",
+                       "cross_attn.q_proj", "mixer.k_proj", "attn.wq_a", "self_attn.kv_b_proj", "SelfAttention.q", "self_attn.0.o_proj"]),
+        ("mlp", ["mlp.gate_proj", "mlp.c_fc", "feed_forward.w1", "ffn.w2", "mixer.down_proj", "residual_mlp.w1", "mlps.0.up_proj",
+                 "mlp.gate_up_proj"]),
+        ("routers", ["mlp.gate", "mlp.shared_expert_gate", "mixer.gate", "router.proj", "mlp.router.classifier"]),
+        (None, ["fc1", "conv.in_proj", "mixer.in_proj", "mamba.out_proj", "mixer.fc1_latent_proj", "per_layer_input_gate"]),
+    ],
+)  # fmt: skip
+def test_the_parts_of_a_name_tell_the_role(role: str | None, modules: list[str]) -> None:
+    assert {module: role_of(LAYER + module, 64, FACTS) for module in modules} == dict.fromkeys(modules, role)
+
+
+@pytest.mark.parametrize(
+    ("role", "module"),
+    [
+        ("vision", "model.visual.blocks.0.attn.qkv"),
+        ("vision", "vision_tower.encoder.layers.70.mlp.fc1"),
+        ("vision", "audio_tower.embed_tokens"),
+        ("mtp", "mtp.layers.0.mlp.experts.3.up_proj"),
+        ("mtp", "model.layers.61.self_attn.q_proj"),
+        ("mtp", "model.layers.61.embed_tokens"),
+        ("mtp", "model.layers.61.shared_head.head"),
+    ],
+)
+def test_towers_and_prediction_layers_win_over_the_role_within(role: str, module: str) -> None:
+    assert role_of(module, 512, FACTS) == role
 
 
 def test_facts_come_from_the_language_model_of_a_nested_config() -> None:
@@ -113,7 +156,8 @@ def test_facts_come_from_params_json() -> None:
 
 @pytest.mark.parametrize("module", ["attention.wo", "attention.wq_b", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"])
 def test_the_layers_of_mistrals_own_layout_are_quantized(module: str) -> None:
-    assert reason_to_keep(f"layers.3.{module}", 512, FACTS) is None
+    name = f"layers.3.{module}"
+    assert reason_to_keep(name, role_of(name, 512, FACTS)) is None
 
 
 @pytest.mark.parametrize(
@@ -135,3 +179,17 @@ def test_the_layers_of_mistrals_own_layout_are_quantized(module: str) -> None:
 )
 def test_modules_of_mistrals_own_layout_have_other_names_in_vllm(module: str, in_vllm: str | None) -> None:
     assert name_in_vllm(module) == in_vllm
+
+
+@pytest.mark.parametrize(
+    ("config", "ties"),
+    [
+        ({}, None),
+        ({"tie_word_embeddings": False}, False),
+        ({"text_config": {"tie_word_embeddings": True}}, True),
+        ({"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}, True),
+        ({"tie_word_embeddings": "yes"}, None),
+    ],
+)
+def test_a_tie_is_told_by_the_config_or_the_one_nested_in_it(config: dict[str, Any], ties: bool | None) -> None:
+    assert ModelFacts.from_config(config).ties_embeddings is ties

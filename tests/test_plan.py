@@ -1,6 +1,7 @@
 """What happens to every tensor, and what is refused before a weight is read."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,38 @@ def test_partners_of_different_fate_are_refused_by_name(moe: Path, tmp_path: Pat
         streamquant.plan(moe, scheme="NVFP4A16", recipe=recipe)
 
 
+@pytest.mark.parametrize(
+    ("line", "differs"),
+    [
+        ("*.experts.1=FP8_DYNAMIC,NVFP4A16", r"experts.0.down_proj NVFP4A16, .*experts.1.down_proj FP8_DYNAMIC"),
+        ("*.experts.1=keep,NVFP4A16", r"experts.0.down_proj NVFP4A16, .*experts.1.down_proj kept"),
+        ("*.experts.*.down_proj=keep,NVFP4A16", r"experts.0.down_proj kept, .*experts.0.gate_proj NVFP4A16"),
+        ("*.experts.*.down_proj=W8A16,W4A16", r"experts.0.down_proj W8A16, .*experts.0.gate_proj W4A16"),
+    ],
+)
+def test_experts_of_a_layer_in_more_than_one_scheme_are_refused_by_name(moe: Path, line: str, differs: str) -> None:
+    with pytest.raises(RequestError, match=rf"{EXPERTS}: engines load .* one scheme: .*{differs} \(.*--ignore '{EXPERTS}'\)"):
+        streamquant.plan(moe, scheme=line)
+    plan = streamquant.plan(moe, scheme=line, ignore=[EXPERTS])
+    assert all(".experts." not in member.module for step in plan.steps if isinstance(step, Encode) for member in step.members)
+
+
+def test_experts_of_a_layer_may_differ_in_the_observer_and_between_layers(moe: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[[rule]]\nmatch = '*.experts.1'\nscheme = 'NVFP4A16'\nobserver = 'mse'")
+    found = fates(streamquant.plan(moe, scheme="NVFP4A16", recipe=recipe))
+    assert found[f"{EXPERTS}.1.up_proj.weight"] == "NVFP4A16 (mse)"
+    layers = mlp(f"{EXPERTS}.0") | mlp("model.layers.1.mlp.experts.0")
+    streamquant.plan(write_checkpoint(tmp_path / "layers", layers), scheme="*.layers.1=W8A16,W4A16")
+
+
+def test_an_expert_that_cannot_be_stored_is_named_with_a_way_out_that_works(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "odd", mlp(f"{EXPERTS}.0") | mlp(f"{EXPERTS}.1", rows=96) | attention())
+    with pytest.raises(RequestError, match=rf"experts.1.down_proj.weight has 96 columns.*--ignore '{EXPERTS}'\)"):
+        streamquant.plan(source, scheme="W4A16")
+    streamquant.plan(source, scheme="W4A16", ignore=[EXPERTS])
+
+
 def test_include_overrides_a_default_and_only_that(moe: Path) -> None:
     plan = streamquant.plan(moe, scheme="W8A16", include=["lm_head", "model.embed_tokens"])
     found = fates(plan)
@@ -158,11 +191,197 @@ def test_include_overrides_a_default_and_only_that(moe: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("role", "kept"),
+    [
+        ("experts", ["mlp.experts.0.gate_proj", "mlp.experts.1.gate_proj"]),
+        ("shared_experts", ["mlp.shared_expert.gate_proj"]),
+        ("attention", ["self_attn.q_proj", "self_attn.o_proj"]),
+    ],
+)
+def test_a_role_to_ignore_stands_for_its_modules(moe: Path, role: str, kept: list[str]) -> None:
+    found = fates(streamquant.plan(moe, scheme="W4A16", ignore=[role]))
+    assert {name for name, fate in found.items() if fate == f"asked for by --ignore {role}"} >= {f"model.layers.0.{k}.weight" for k in kept}
+
+
+def test_a_role_to_include_stands_for_its_modules(moe: Path) -> None:
+    found = fates(streamquant.plan(moe, scheme="W8A16", include=["lm_head", "routers"]))
+    assert found["lm_head.weight"] == found["model.layers.0.mlp.gate.weight"] == "W8A16"
+
+
+def test_a_line_mixes_schemes_by_role_and_keeps_the_rest(moe: Path) -> None:
+    found = fates(streamquant.plan(moe, scheme="experts=NVFP4A16, attention=FP8_BLOCK"))
+    quantized = {"FP8_BLOCK": 4, "NVFP4A16": 6}
+    assert {scheme: list(found.values()).count(scheme) for scheme in quantized} == quantized
+    assert found["model.layers.0.mlp.shared_expert.up_proj.weight"] == "no rule asks for it"
+    assert found["lm_head.weight"] == "no rule asks for it"
+
+
+def test_a_scheme_for_a_role_that_is_kept_by_default_is_obeyed(moe: Path) -> None:
+    found = fates(streamquant.plan(moe, scheme="lm_head=W8A16,NVFP4A16"))
+    assert found["lm_head.weight"] == "W8A16"
+    assert found["model.embed_tokens.weight"] == "embedding"
+    assert fates(streamquant.plan(moe, scheme="*=NVFP4A16,routers=keep"))["lm_head.weight"] == "lm_head"
+
+
+def test_a_tower_or_prediction_layer_asked_for_keeps_what_is_no_linear_in_it(tmp_path: Path) -> None:
+    mtp, tower = "model.layers.2", "model.visual"
+    odd = ["self_attn.kv_b_proj", "mlp.gate", "embed_tokens", "eh_proj", "shared_head.head"]
+    tensors = attention() | mlp(f"{mtp}.mlp.experts.0") | mlp(f"{tower}.blocks.0.mlp") | {f"{tower}.pos_embed.weight": weight(64, 128)}
+    tensors |= {f"{mtp}.{name}.weight": weight(64, 128) for name in odd}
+    source = write_checkpoint(tmp_path / "mtp", tensors)
+    plan = streamquant.plan(source, scheme="mtp=W8A16,vision=FP8_DYNAMIC,W4A16")
+    found = fates(plan)
+    assert found[f"{mtp}.mlp.experts.0.up_proj.weight"] == "W8A16"
+    assert found[f"{tower}.blocks.0.mlp.up_proj.weight"] == "FP8_DYNAMIC"
+    assert found[f"{tower}.pos_embed.weight"] == "vision: embedding"
+    assert {name: found[f"{mtp}.{name}.weight"] for name in odd} == {
+        "self_attn.kv_b_proj": "mtp: MLA projection that engines absorb",
+        "mlp.gate": "mtp: router",
+        "embed_tokens": "mtp: embedding",
+        "eh_proj": "mtp: what engines do not quantize there",
+        "shared_head.head": "mtp: what engines do not quantize there",
+    }
+    named = streamquant.plan(source, scheme="mtp=W8A16,W4A16", include=["*.eh_proj"])
+    assert fates(named)[f"{mtp}.eh_proj.weight"] == "W8A16"
+
+
+@pytest.mark.parametrize("router", ["mlp.gate", "block_sparse_moe.gate", "router.proj", "mlp.shared_expert_gate", "mixer.gate"])
+def test_routers_are_kept_and_ignored_by_their_full_names(tmp_path: Path, router: str) -> None:
+    """auto-round knew only mlp.gate (#1486), llm-compressor quantizes router.proj (#2714)."""
+    module = f"model.layers.1.{router}"
+    plan = streamquant.plan(write_checkpoint(tmp_path / "moe", attention() | {f"{module}.weight": weight(8, 128)}), scheme="FP8_DYNAMIC")
+    assert fates(plan)[f"{module}.weight"] == "router"
+    assert plan.quantization_config["ignore"] == ["lm_head", module]
+
+
+@pytest.mark.parametrize(
+    "tower",
+    ["visual.blocks.0.mlp", "vision_tower.encoder.layers.0.mlp.linear", "model.embed_vision", "mm_projector", "model.vision_tower.9"],
+)
+def test_towers_are_kept_although_their_projections_are_named_like_those_of_the_model(tmp_path: Path, tower: str) -> None:
+    """Patterns such as *mlp.*_proj sweep them in (Model-Optimizer#2312)."""
+    plan = streamquant.plan(write_checkpoint(tmp_path / "vlm", attention() | mlp(tower)), scheme="FP8_DYNAMIC")
+    names = [f"{tower}.{leaf}_proj" for leaf in ("down", "gate", "up")]
+    assert {fates(plan)[f"{name}.weight"] for name in names} == {"vision or audio tower, or projector"}
+    assert plan.quantization_config["ignore"] == ["lm_head", *names]
+
+
+@pytest.mark.parametrize(
+    ("block", "engine_names"),
+    [
+        ("mtp.layers.0", ["mtp.layers.0.mlp.gate_up_proj"]),
+        ("model.mtp_layers.0", ["model.layers.2.mlp.gate_up_proj", "model.layers.2.mtp_block.mlp.gate_up_proj"]),
+        ("model.layers.2", ["model.layers.2.mtp_block.mlp.gate_up_proj", "model.layers.2.head"]),
+        ("model.language_model.layers.2", ["language_model.model.layers.2.mlp.gate_up_proj"]),
+        ("model.predictor.0", ["model.predictor.0.mlp.gate_up_proj"]),  # told by eh_proj and the norms beside the MLP
+    ],
+)
+def test_prediction_layers_are_kept_and_ignored_by_their_own_and_the_engines_names(
+    tmp_path: Path, block: str, engine_names: list[str]
+) -> None:
+    """Names that vLLM and SGLang build for their modules, from model_executor/models/*_mtp.py; fused without a mapping."""
+    tensors = attention() | mlp(f"{block}.mlp") | {f"{block}.eh_proj.weight": weight(128, 256), f"{block}.enorm.weight": weight(128)}
+    plan = streamquant.plan(write_checkpoint(tmp_path / "mtp", tensors), scheme="FP8_DYNAMIC")
+    own = [name.removesuffix(".weight") for name in tensors if name.startswith(block) and "norm" not in name]
+    assert {fates(plan)[f"{name}.weight"] for name in own} == {"multi-token prediction"}
+    ignore = plan.quantization_config["ignore"]
+    assert set(own) <= set(ignore)
+    patterns = [re.compile(entry.removeprefix("re:")) for entry in ignore if entry.startswith("re:")]
+    assert all(any(pattern.match(name) for pattern in patterns) for name in engine_names)
+    assert not any(pattern.match(f"model.layers.{layer}.self_attn.qkv_proj") for pattern in patterns for layer in (0, 1, 20))
+
+
+def test_no_pattern_for_prediction_layers_matches_what_is_quantized(tmp_path: Path) -> None:
+    tensors = attention() | mlp("model.layers.2.mlp") | mlp("visual.layers.2.mlp")
+    source = write_checkpoint(tmp_path / "both", tensors)
+    kept = [f"model.layers.2.mlp.{leaf}_proj" for leaf in ("down", "gate", "up")]
+    ignore = streamquant.plan(source, scheme="vision=W8A16,FP8_DYNAMIC").quantization_config["ignore"]
+    assert ignore == ["lm_head", *kept]
+    assert streamquant.plan(source, scheme="mtp=W8A16,attention=W8A16").quantization_config["ignore"] == [
+        "lm_head",
+        *(f"visual.layers.2.mlp.{leaf}_proj" for leaf in ("down", "gate", "up")),
+    ]
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    ("stored", "config"),
+    [
+        ([EMBEDDING], {}),
+        ([EMBEDDING], {"tie_word_embeddings": True}),
+        ([EMBEDDING, HEAD], {"tie_word_embeddings": True}),
+        ([EMBEDDING, HEAD], {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}),
+    ],
+)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"include": ["lm_head"]},
+        {"scheme": "lm_head=W8A16,W8A16"},
+        {"include": ["re:lm_h"]},
+        {"include": ["model.embed_tokens"]},
+        {"scheme": "embeddings=W8A16,W8A16"},
+    ],
+)
+def test_a_tied_head_is_refused_and_so_is_the_embedding_that_it_reads(
+    tmp_path: Path, stored: list[str], config: dict[str, Any], arguments: dict[str, Any]
+) -> None:
+    tensors = attention() | {name: weight(64, 128) for name in stored}
+    source = write_checkpoint(tmp_path / "tied", tensors, config=config)
+    with pytest.raises(RequestError, match=r"^(lm_head|re:lm_h|model.embed_tokens) cannot be quantized: the model ties .* \(do not ask"):
+        streamquant.plan(source, **{"scheme": "W8A16"} | arguments)
+    assert "lm_head" in streamquant.plan(source, scheme="W8A16").quantization_config["ignore"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "config", "include"),
+    [
+        ([EMBEDDING, HEAD], {}, ["lm_head", "embeddings"]),
+        ([EMBEDDING], {"tie_word_embeddings": False}, ["embeddings"]),
+        ([EMBEDDING, "transformer.wpe.weight"], {}, ["transformer.wpe"]),
+    ],
+)
+def test_what_is_not_tied_can_be_asked_for(tmp_path: Path, stored: list[str], config: dict[str, Any], include: list[str]) -> None:
+    source = write_checkpoint(tmp_path / "untied", attention() | {name: weight(64, 128) for name in stored}, config=config)
+    assert fates(streamquant.plan(source, scheme="W8A16", include=include))[stored[-1]] == "W8A16"
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (
+            "*.mlp.gate=FP8_DYNAMIC",
+            r"pattern '\*.mlp.gate' gets FP8_DYNAMIC nowhere: .* by default, router \(.*--include 'model.layers.0.mlp.gate'",
+        ),
+        ("attention=FP8_DYNAMIC", r"role 'attention' gets .* engines absorb \(.*--include 'model.layers.0.self_attn.kv_b_proj'"),
+        ("*.wk=W8A16", r"'\*.wk' gets .* fused with .*weights_proj, .*--include 'model.layers.0.indexer.weights_proj'"),
+    ],
+)
+def test_a_rule_whose_matches_are_all_kept_by_default_is_refused_with_the_way_out(tmp_path: Path, rule: str, said: str) -> None:
+    names = ["mlp.gate", "self_attn.kv_b_proj", "indexer.wk", "indexer.weights_proj"]
+    tensors = mlp("model.layers.0.mlp") | {f"model.layers.0.{name}.weight": weight(64, 128) for name in names}
+    source = write_checkpoint(tmp_path / "kept", tensors)
+    with pytest.raises(RequestError, match=said) as error:
+        streamquant.plan(source, scheme=f"{rule},W8A16")
+    way_out = str(error.value).partition("--include '")[2].partition("'")[0]
+    streamquant.plan(source, scheme=f"{rule},W8A16", include=[way_out])
+
+
+def test_the_scheme_for_the_rest_may_find_nothing_to_quantize(moe: Path) -> None:
+    found = fates(streamquant.plan(moe, scheme="attention=W4A16,experts=W8A16,shared_experts=W8A16,FP8_DYNAMIC"))
+    assert "FP8_DYNAMIC" not in found.values()
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ({"scheme": "W4A16", "group_size": 96}, r"_proj.weight has 128 columns.*group size 96 \(128 would fit\).*--ignore"),
         ({"scheme": "W4A16", "ignore": ["no.such"]}, "pattern 'no.such' matches no module"),
         ({"scheme": "W4A16", "ignore": ["up_proj"]}, r"did you mean '\*.up_proj'"),
+        ({"scheme": "W4A16", "ignore": ["mlp"]}, "--ignore: role 'mlp' matches no module"),
+        ({"scheme": "W4A16", "include": ["vision"]}, "--include: role 'vision' matches no weight that can be quantized"),
         ({"scheme": "W4A16", "include": ["*.norm1"]}, "--include: pattern .* matches no weight that can be quantized"),
         ({"scheme": "FP8_BLOCK", "include": ["lm_head"]}, "lm_head.weight is a head or an embedding, where engines load no blocks"),
         ({"scheme": "W4A16", "ignore": ["*"]}, "nothing in .* would be quantized"),

@@ -8,7 +8,13 @@ import pytest
 from streamquant.errors import RequestError
 from streamquant.recipe import Matcher, make_recipe
 
-NAMES = ("lm_head", "model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj", "model.layers.10.mlp.up_proj")
+ROLES = {
+    "lm_head": "lm_head",
+    "model.layers.0.mlp.up_proj": "mlp",
+    "model.layers.0.self_attn.q_proj": "attention",
+    "model.layers.10.mlp.up_proj": "mlp",
+    "mlp.odd": None,
+}
 
 
 @pytest.mark.parametrize(
@@ -18,6 +24,9 @@ NAMES = ("lm_head", "model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_pr
         ("model.layers.0", [1, 2]),  # a module stands for what is below it
         ("model.layers.1", []),  # and not for what its name merely begins
         ("up_proj", []),
+        ("mlp", [1, 3]),  # a role, and no name
+        ("attention", [2]),
+        ("experts", []),
         ("*.up_proj", [1, 3]),
         ("*.layers.?", [1, 2]),
         ("*.mlp", [1, 3]),
@@ -28,18 +37,19 @@ NAMES = ("lm_head", "model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_pr
         ("re:.*(q|k)_proj$", [2]),
     ],
 )
-def test_patterns_are_names_globs_or_expressions(pattern: str, matched: list[int]) -> None:
+def test_patterns_are_roles_names_globs_or_expressions(pattern: str, matched: list[int]) -> None:
     matcher = Matcher([pattern])
-    assert [index for index, name in enumerate(NAMES) if matcher.matches(name)] == matched
+    assert [index for index, (name, role) in enumerate(ROLES.items()) if matcher.first(name, role) == 0] == matched
+    assert matcher.matches_any(ROLES) == bool(matched)
 
 
 def test_the_first_pattern_that_matches_decides_whatever_its_kind() -> None:
-    matcher = Matcher(["re:.*up_proj", "model.layers.0", "*", "re:.*q_(proj)"])
-    assert [matcher.first(name) for name in NAMES] == [2, 0, 1, 0]
+    matcher = Matcher(["re:.*up_proj", "model.layers.0", "lm_head", "*", "re:.*q_(proj)", "mlp"])
+    assert [matcher.first(name, role) for name, role in ROLES.items()] == [2, 0, 1, 0, 3]
 
 
 def test_a_pattern_behind_another_counts_as_matching() -> None:
-    assert Matcher(["*", "lm_head", "*.q_proj", "nothing", "re:.*none"]).unmatched(NAMES, used=[0]) == [3, 4]
+    assert Matcher(["*", "lm_head", "*.q_proj", "nothing", "re:.*none", "experts"]).unmatched(ROLES, used=[0]) == [3, 4, 5]
 
 
 @pytest.mark.parametrize("pattern", ["re:(", "re:(a)\\1", "", "re:*x"])
@@ -73,6 +83,35 @@ def test_rules_come_in_the_order_ignore_file_scheme(tmp_path: Path) -> None:
         ("*", "W4A16"),
     ]
     assert recipe.include == ("y", "lm_head")
+
+
+@pytest.mark.parametrize(
+    ("line", "rules"),
+    [
+        ("W4A16", [("*", "W4A16")]),
+        ("experts=NVFP4A16,attention=FP8_BLOCK", [("experts", "NVFP4A16"), ("attention", "FP8_BLOCK")]),
+        (" fp8_dynamic , *.layers.0 = keep, mlp=W4A16", [("*.layers.0", None), ("mlp", "W4A16"), ("*", "FP8_DYNAMIC")]),
+        ("re:.*(?=x)y=W4A16", [("re:.*(?=x)y", "W4A16")]),
+    ],
+)
+def test_a_line_gives_patterns_their_schemes_and_the_bare_one_to_the_rest(line: str, rules: list[tuple[str, str | None]]) -> None:
+    recipe = make_recipe(scheme=line)
+    assert [(rule.pattern, rule.scheme.preset if rule.scheme else None) for rule in recipe.rules] == rules
+    assert [rule.pattern for rule in recipe.rules if rule.is_default] == ["*"] * (rules[-1][0] == "*")
+    assert recipe.include == ()
+
+
+def test_settings_go_to_every_scheme_of_a_line() -> None:
+    recipe = make_recipe(scheme="experts=W4A16,W8A16", observer="mse", group_size=32)
+    assert [scheme.weights_config["group_size"] for scheme in recipe.schemes] == [32, 32]
+    assert [scheme.observer for scheme in recipe.schemes] == ["mse", "mse"]
+
+
+def test_a_scheme_for_a_role_that_is_kept_by_default_includes_it_after_what_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text("[[rule]]\nmatch = ['mtp', 'attention']\nscheme = 'W8A16'\n[[rule]]\nmatch = 'routers'\nkeep = true")
+    recipe = make_recipe(scheme="lm_head=W8A16,mlp=W4A16", recipe=file, include=["lm_head", "*.patch_embed"])
+    assert recipe.include == ("*.patch_embed", "lm_head", "mtp")
 
 
 @pytest.mark.parametrize(
@@ -116,6 +155,14 @@ def test_a_faulty_recipe_file_is_refused_with_the_place(tmp_path: Path, text: st
         ({"scheme": "W4A16", "observer": "best"}, "unknown observer"),
         ({"scheme": "W4A16", "scale_dtype": "float32"}, "W4A16 has no scale dtype"),
         ({"scheme": "W4A16", "format": "fp8"}, "format fp8 stores FP8_BLOCK"),
+        ({"scheme": "experts=W4A16,"}, "'' in 'experts=W4A16,' is neither PATTERN=SCHEME, PATTERN=keep nor SCHEME"),
+        ({"scheme": "experts="}, "'experts=' in 'experts=' is neither"),
+        ({"scheme": "=W4A16"}, "'=W4A16' in '=W4A16' is neither"),
+        ({"scheme": "W4A16,W8A16"}, "'W4A16,W8A16' has two schemes for the rest; give one of them a pattern: PATTERN=W8A16"),
+        ({"scheme": "mlp=W4A16,mlp=keep"}, "'mlp' is in 'mlp=W4A16,mlp=keep' twice"),
+        ({"scheme": "experts=W5"}, "unknown scheme 'W5'"),
+        ({"scheme": "experts=keep"}, "nothing to do"),
+        ({"scheme": "experts=NVFP4A16,W4A16", "group_size": 64}, "NVFP4A16 has no group size"),
     ],
 )
 def test_an_impossible_wish_names_what_is_wrong(arguments: dict[str, Any], said: str) -> None:
