@@ -50,15 +50,17 @@ _ROUTER = re.compile(r"gate|router.*|shared_expert_gate")
 _STATE_SPACE = {"conv1d", "x_proj", "dt_proj", "in_proj_a", "in_proj_b", "in_proj_ba"}
 _PROJECTION = re.compile(r".*_proj(_.*)?|w\d|wq.*|wk.*|wv|wo|fc\d?|c_fc.*|(up|down|gate)|q|k|v|o|dense.*|linear.*|key|query|value")
 _EXPERT = re.compile(r"(.*\.)?experts\.\d+\..*")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d{1,9})\.")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """The few numbers of config.json that default keeps depend on; None where it does not say."""
+    """The few numbers of config.json that names do not tell; None where it does not say."""
 
     num_layers: int | None = None
     num_experts: int | None = None
+    num_kv_heads: int | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None) -> "ModelFacts":
@@ -71,12 +73,18 @@ class ModelFacts:
         return cls(
             num_layers=next((text[key] for key in ("num_hidden_layers", "n_layer") if type(text.get(key)) is int), None),
             num_experts=next((text[key] for key in expert_keys if type(text.get(key)) is int), None),
+            num_kv_heads=text["num_key_value_heads"] if type(text.get("num_key_value_heads")) is int else None,
         )
 
 
 def module_name(tensor: str) -> str:
     """The module that a weight belongs to; other tensors stand for themselves."""
     return tensor.removesuffix(WEIGHT_SUFFIX)
+
+
+def fold(name: str) -> str:
+    """A name with its numbers replaced by `*`, so that layers and experts fall into one."""
+    return _NUMBER.sub("*", name)
 
 
 def is_stored_quantized(tensor: str, dtype: str) -> bool:

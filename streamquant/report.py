@@ -1,12 +1,12 @@
 """What people read: sizes, tables of plans, checkpoints and verifications, as lines of text."""
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from streamquant.convert import Conversion
 from streamquant.inspect import Inspection
 from streamquant.memory import Memory
+from streamquant.names import fold
 from streamquant.plan import Copy, Plan, Step, bits_per_weight
 from streamquant.schemes import NEED_ACTIVATION_SCALES, SCHEMES
 from streamquant.verify import Verification
@@ -54,7 +54,7 @@ def plan_lines(plan: Plan, memory: Memory) -> list[str]:
     rows: defaultdict[tuple[str, str, str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     for step in plan.steps:
         for name, shape, dtype, fate, before, after in _fates(step):
-            row = rows[_fold(name), dtype, shape, fate]
+            row = rows[fold(name), dtype, shape, fate]
             row[0] += 1
             row[1] += before
             row[2] += after
@@ -105,7 +105,7 @@ def inspection_lines(inspection: Inspection) -> list[str]:
     rows: defaultdict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0])
     checkpoint = inspection.checkpoint
     for spec in checkpoint.tensors.values():
-        row = rows[_fold(spec.name), spec.dtype, _shape(spec.shape)]
+        row = rows[fold(spec.name), spec.dtype, _shape(spec.shape)]
         row[0] += 1
         row[1] += spec.num_bytes
     config = checkpoint.config or {}
@@ -124,7 +124,7 @@ def verification_lines(report: Verification) -> list[str]:
     """What verify found: errors of weights folded over layers, then everything that is off."""
     rows: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
     for error in report.errors:
-        rows[_fold(error.name), error.scheme].append(error.relative_error)
+        rows[fold(error.name), error.scheme].append(error.relative_error)
     lines = []
     if rows:
         lines = table(
@@ -182,15 +182,10 @@ def _fates(step: Step) -> list[tuple[str, str, str, str, int, int]]:
     ]
 
 
-def _fold(name: str) -> str:
-    """A name with its numbers replaced, so that layers and experts fall into one row."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-
-
 def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
 def _examples(names: Sequence[str]) -> str:
-    folded = list(dict.fromkeys(map(_fold, names)))
+    folded = list(dict.fromkeys(map(fold, names)))
     return ", ".join(folded[:3]) + (", ..." if len(folded) > 3 else "")
