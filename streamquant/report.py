@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from streamquant.convert import Conversion
+from streamquant.engines import Engine, Finding, loads_in
 from streamquant.inspect import Inspection
 from streamquant.memory import Memory
 from streamquant.names import fold
@@ -11,25 +12,6 @@ from streamquant.plan import Copy, Plan, Step, bits_per_weight
 from streamquant.schemes import NEED_ACTIVATION_SCALES, SCHEMES
 from streamquant.verify import Verification
 
-# Which engines load what we write (FORMATS of compressed-tensors 0.19; vLLM 0.33, SGLang 0.5.23, transformers 5.17).
-ENGINES = {
-    "FP8_DYNAMIC": "vLLM, SGLang, transformers",
-    "FP8_BLOCK": "vLLM, SGLang, transformers",
-    "FP8A16": "vLLM (no experts), transformers",
-    "W8A8": "vLLM, SGLang, transformers",
-    "INT8": "vLLM, SGLang, transformers",
-    "W8A16": "vLLM, SGLang, transformers",
-    "W4A16": "vLLM, SGLang, transformers",
-    "W4A16_ASYM": "vLLM, SGLang, transformers",
-    "W4A8": "vLLM (experts: Arm CPUs only), transformers (no experts)",
-    "W4AFP8": "vLLM (SM90), transformers",
-    "NVFP4A16": "vLLM, SGLang, transformers",
-    "MXFP4A16": "vLLM, transformers",
-    "MXFP4": "vLLM, transformers",
-    "MXFP8A16": "vLLM, transformers",
-    "MXFP8": "vLLM, transformers",
-}
-OTHER_ENGINES = "vLLM, transformers"
 MAX_ROWS = 60
 
 
@@ -64,6 +46,18 @@ def plan_lines(plan: Plan, memory: Memory) -> list[str]:
     )
     lines += ["", *summary_lines(plan)]
     lines.append(f"memory      {format_bytes(memory.peak_bytes)} of working memory in {memory.num_workers} workers, predicted")
+    return lines
+
+
+def engine_lines(engine: Engine, findings: Sequence[Finding], *, tp: int) -> list[str]:
+    """What an engine does not load of a plan, and the ways out."""
+    ranks = f" on {tp} ranks" if tp > 1 else ""
+    verdict = "" if findings else ": everything loads"
+    lines = [f"engine      {engine.title} {engine.version}{ranks}{verdict} (table of {engine.checked})"]
+    for finding in findings:
+        label = "condition" if finding.conditional else "PROBLEM"
+        layers = f"{finding.count} x {finding.layers} ({finding.scheme})"
+        lines.append(f"{label:12}{layers}: {finding.problem}; way out: {finding.remedy}")
     return lines
 
 
@@ -148,8 +142,7 @@ def scheme_lines() -> list[str]:
         if scheme.activations is not None:
             inputs = f"{scheme.activations.type}{scheme.activations.num_bits} per {scheme.activations.strategy}"
         settings = ", ".join(sorted(setting.replace("_", " ") for setting in scheme.settings)) or "-"
-        engines = ENGINES.get(name, OTHER_ENGINES)
-        rows.append((name, f"{bits_per_weight(scheme):.2f}", inputs, scheme.format, engines, settings))
+        rows.append((name, f"{bits_per_weight(scheme):.2f}", inputs, scheme.format, loads_in(scheme), settings))
     lines = table(("scheme", "bits/weight", "activations", "stored as", "loads in", "settings"), rows)
     lines += [
         "",
