@@ -64,7 +64,7 @@ def options(command: str) -> dict[str, click.Option]:
 @pytest.mark.parametrize("command", ["convert", "plan"])
 def test_flags_are_the_arguments_of_the_function(command: str) -> None:
     arguments = set(inspect.signature(getattr(streamquant, command)).parameters) - {"source", "out", "on_progress"}
-    other = {"device", "max_memory", "threads"} if command == "plan" else set()
+    other = {"device", "max_memory", "threads", "engine", "tp"} if command == "plan" else set()
     assert options(command).keys() - NOT_ARGUMENTS - {"as_json"} - other == arguments
 
 
