@@ -8,6 +8,7 @@
 Scheme functions on plain tensors: `streamquant.schemes`.
 """
 
+from streamquant import engines
 from streamquant.convert import Conversion, convert, plan
 from streamquant.errors import CheckpointError, RequestError, StorageError, StreamquantError, VerificationError
 from streamquant.inspect import Inspection, inspect
@@ -29,6 +30,7 @@ __all__ = [
     "VerificationError",
     "__version__",
     "convert",
+    "engines",
     "inspect",
     "plan",
     "verify",

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from tqdm import tqdm
 import streamquant
 from streamquant import report
 from streamquant.convert import plan_memory, resolve_device
-from streamquant.errors import StreamquantError
+from streamquant.engines import check, find_engine
+from streamquant.errors import RequestError, StreamquantError
 from streamquant.schemes import FORMATS
 from streamquant.schemes.observers import OBSERVERS
 from streamquant.stream import OnProgress, Progress
@@ -110,21 +112,51 @@ def convert(source: str, out: str, *, dry_run: bool, report_file: str | None, qu
 @click.argument("source")
 @_recipe_options
 @_machine_options
+@click.option("--engine", metavar="vllm|sglang|transformers", help="Also check what this engine loads; exit 2 if not everything.")
+@click.option("--tp", type=int, metavar="N", help="Tensor-parallel ranks of the engine; 1 if not given.")
 @click.option("--json", "as_json", is_flag=True, help="Every tensor, as JSON.")
-def plan(source: str, *, as_json: bool, device: str, max_memory: str | None, threads: int | None, **options: Any) -> None:
+def plan(
+    source: str,
+    *,
+    engine: str | None,
+    tp: int | None,
+    as_json: bool,
+    device: str,
+    max_memory: str | None,
+    threads: int | None,
+    **options: Any,
+) -> None:
     """Show what `convert` would do: what happens to each tensor, sizes, memory."""
-    _print_plan(source, as_json=as_json, machine={"device": device, "max_memory": max_memory, "threads": threads}, options=options)
+    if tp is not None and engine is None:
+        raise RequestError(f"--tp {tp} says on how many ranks an engine runs; say which with --engine")
+    machine = {"device": device, "max_memory": max_memory, "threads": threads}
+    _print_plan(source, as_json=as_json, machine=machine, options=options, engine=engine, tp=1 if tp is None else tp)
 
 
-def _print_plan(source: str, *, as_json: bool, machine: dict[str, Any], options: dict[str, Any]) -> None:
+def _print_plan(
+    source: str, *, as_json: bool, machine: dict[str, Any], options: dict[str, Any], engine: str | None = None, tp: int = 1
+) -> None:
+    target = None if engine is None else find_engine(engine, tp=tp)
     the_plan = streamquant.plan(source, **options)
     memory = plan_memory(the_plan, **machine | {"device": resolve_device(machine["device"])})
+    findings = [] if engine is None else check(the_plan, engine=engine, tp=tp)
     if as_json:
-        for part in the_plan.json_parts():
+        parts = the_plan.json_parts()
+        if target is not None:  # a key more, put before the others: they come in parts because there can be 80 MB of them
+            stated = {"name": target.title, "version": target.version, "checked": str(target.checked), "tp": tp}
+            checked = json.dumps({"engine": stated | {"findings": [asdict(finding) for finding in findings]}})
+            click.echo(checked[:-1] + ", " + next(parts).removeprefix("{"), nl=False)
+        for part in parts:
             click.echo(part, nl=False)
         click.echo()
     else:
         click.echo("\n".join(report.plan_lines(the_plan, memory)))
+        if target is not None:
+            click.echo("\n".join(["", *report.engine_lines(target, findings, tp=tp)]))
+    problems = [finding for finding in findings if not finding.conditional]
+    if target is not None and problems:
+        others = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise RequestError(f"{target.title} {target.version} does not load {problems[0].layers}{others} (way out: {problems[0].remedy})")
 
 
 @cli.command()

@@ -84,6 +84,7 @@ _MISTRAL_TO_VLLM = {
     "feed_forward": "mlp", "gate": "mlp.gate", "experts": "mlp.experts", "shared_experts": "mlp.shared_experts",
     "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj",
 }  # fmt: skip
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d{1,9})\.")
 
 
@@ -93,6 +94,7 @@ class ModelFacts:
 
     num_layers: int | None = None
     num_experts: int | None = None
+    num_kv_heads: int | None = None
     ties_embeddings: bool | None = None  # lm_head is the embedding
     prediction_layers: tuple[str, ...] = ()  # `model.layers.61.`: what else their names begin with tells that they predict more tokens
 
@@ -112,6 +114,7 @@ class ModelFacts:
             num_experts=next((owner[key] for owner in (text, moe) for key in expert_keys if type(owner.get(key)) is int), None),
             ties_embeddings=any(ties) if ties else None,
             prediction_layers=tuple(sorted({name[: match.end()] for name in tensors if (match := _BESIDE_PREDICTION.search(name))})),
+            num_kv_heads=text["num_key_value_heads"] if type(text.get("num_key_value_heads")) is int else None,
         )
 
     def prediction_layer(self, module: str) -> str | None:
@@ -134,6 +137,11 @@ def name_in_vllm(module: str) -> str | None:
     if _MISTRAL.fullmatch(module) is None:
         return None
     return "model." + ".".join(_MISTRAL_TO_VLLM.get(part, part) for part in module.split("."))
+
+
+def fold(name: str) -> str:
+    """A name with its numbers replaced by `*`, so that layers and experts fall into one."""
+    return _NUMBER.sub("*", name)
 
 
 def experts_of(module: str) -> str | None:

@@ -1,36 +1,18 @@
 """What people read: sizes, tables of plans, checkpoints and verifications, as lines of text."""
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from streamquant.convert import Conversion
+from streamquant.engines import Engine, Finding, loads_in
 from streamquant.inspect import Inspection
 from streamquant.memory import Memory
+from streamquant.names import fold
 from streamquant.plan import Copy, Encode, Plan, Step, bits_per_weight
 from streamquant.schemes import NEED_ACTIVATION_SCALES, SCHEMES
 from streamquant.schemes.plain import Plain
 from streamquant.verify import Verification
 
-# Which engines load what we write (FORMATS of compressed-tensors 0.19; vLLM 0.33, SGLang 0.5.23, transformers 5.17).
-ENGINES = {
-    "FP8_DYNAMIC": "vLLM, SGLang, transformers",
-    "FP8_BLOCK": "vLLM, SGLang, transformers",
-    "FP8A16": "vLLM (no experts), transformers",
-    "W8A8": "vLLM, SGLang, transformers",
-    "INT8": "vLLM, SGLang, transformers",
-    "W8A16": "vLLM, SGLang, transformers",
-    "W4A16": "vLLM, SGLang, transformers",
-    "W4A16_ASYM": "vLLM, SGLang, transformers",
-    "W4A8": "vLLM (experts: Arm CPUs only), transformers (no experts)",
-    "W4AFP8": "vLLM (SM90), transformers",
-    "NVFP4A16": "vLLM, SGLang, transformers",
-    "MXFP4A16": "vLLM, transformers",
-    "MXFP4": "vLLM, transformers",
-    "MXFP8A16": "vLLM, transformers",
-    "MXFP8": "vLLM, transformers",
-}
-OTHER_ENGINES = "vLLM, transformers"
 MAX_ROWS = 60
 
 
@@ -55,7 +37,7 @@ def plan_lines(plan: Plan, memory: Memory) -> list[str]:
     rows: defaultdict[tuple[str, str, str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     for step in plan.steps:
         for name, shape, dtype, fate, before, after in _fates(step):
-            row = rows[_fold(name), dtype, shape, fate]
+            row = rows[fold(name), dtype, shape, fate]
             row[0] += 1
             row[1] += before
             row[2] += after
@@ -65,6 +47,18 @@ def plan_lines(plan: Plan, memory: Memory) -> list[str]:
     )
     lines += ["", *summary_lines(plan)]
     lines.append(f"memory      {format_bytes(memory.peak_bytes)} of working memory in {memory.num_workers} workers, predicted")
+    return lines
+
+
+def engine_lines(engine: Engine, findings: Sequence[Finding], *, tp: int) -> list[str]:
+    """What an engine does not load of a plan, and the ways out."""
+    ranks = f" on {tp} ranks" if tp > 1 else ""
+    verdict = "" if findings else ": everything loads"
+    lines = [f"engine      {engine.title} {engine.version}{ranks}{verdict} (table of {engine.checked})"]
+    for finding in findings:
+        label = "condition" if finding.conditional else "PROBLEM"
+        layers = f"{finding.count} x {finding.layers} ({finding.scheme})"
+        lines.append(f"{label:12}{layers}: {finding.problem}; way out: {finding.remedy}")
     return lines
 
 
@@ -135,7 +129,7 @@ def inspection_lines(inspection: Inspection) -> list[str]:
     rows: defaultdict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0])
     checkpoint = inspection.checkpoint
     for spec in checkpoint.tensors.values():
-        row = rows[_fold(spec.name), spec.dtype, _shape(spec.shape)]
+        row = rows[fold(spec.name), spec.dtype, _shape(spec.shape)]
         row[0] += 1
         row[1] += spec.num_bytes
     config = checkpoint.config or {}
@@ -154,7 +148,7 @@ def verification_lines(report: Verification) -> list[str]:
     """What verify found: errors of weights folded over layers, then everything that is off."""
     rows: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
     for error in report.errors:
-        rows[_fold(error.name), error.scheme].append(error.relative_error)
+        rows[fold(error.name), error.scheme].append(error.relative_error)
     lines = []
     if rows:
         lines = table(
@@ -178,8 +172,7 @@ def scheme_lines() -> list[str]:
         if scheme.activations is not None:
             inputs = f"{scheme.activations.type}{scheme.activations.num_bits} per {scheme.activations.strategy}"
         settings = ", ".join(sorted(setting.replace("_", " ") for setting in scheme.settings)) or "-"
-        engines = ENGINES.get(name, OTHER_ENGINES)
-        rows.append((name, f"{bits_per_weight(scheme):.2f}", inputs, scheme.format, engines, settings))
+        rows.append((name, f"{bits_per_weight(scheme):.2f}", inputs, scheme.format, loads_in(scheme), settings))
     lines = table(("scheme", "bits/weight", "activations", "stored as", "loads in", "settings"), rows)
     lines += [
         "",
@@ -216,15 +209,10 @@ def _fates(step: Step) -> list[tuple[str, str, str, str, int, int]]:
     ]
 
 
-def _fold(name: str) -> str:
-    """A name with its numbers replaced, so that layers and experts fall into one row."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-
-
 def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
 def _examples(names: Sequence[str]) -> str:
-    folded = list(dict.fromkeys(map(_fold, names)))
+    folded = list(dict.fromkeys(map(fold, names)))
     return ", ".join(folded[:3]) + (", ..." if len(folded) > 3 else "")

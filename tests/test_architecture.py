@@ -15,8 +15,8 @@ from streamquant.cli import cli
 
 ROOT = Path(streamquant.__file__).parent
 ORDER = (
-    "__main__", "cli", "report", "__init__", "convert", "verify", "inspect", "stream", "memory", "plan", "inputs", "quantization_config",
-    "recipe", "names", "stored", "schemes", "checkpoint", "version", "errors",
+    "__main__", "cli", "report", "__init__", "convert", "verify", "inspect", "stream", "memory", "engines", "plan", "inputs",
+    "quantization_config", "recipe", "names", "stored", "schemes", "checkpoint", "version", "errors",
 )  # fmt: skip
 NOT_ARGUMENTS = {"dry_run", "report_file", "quiet", "help"}
 
@@ -64,8 +64,8 @@ def options(command: str) -> dict[str, click.Option]:
 @pytest.mark.parametrize("command", ["convert", "plan"])
 def test_flags_are_the_arguments_of_the_function(command: str) -> None:
     arguments = set(inspect.signature(getattr(streamquant, command)).parameters) - {"source", "out", "on_progress"}
-    machine = {"device", "max_memory", "threads"} if command == "plan" else set()
-    assert options(command).keys() - NOT_ARGUMENTS - {"as_json"} - machine == arguments
+    other = {"device", "max_memory", "threads", "engine", "tp"} if command == "plan" else set()
+    assert options(command).keys() - NOT_ARGUMENTS - {"as_json"} - other == arguments
 
 
 def test_every_flag_and_command_is_in_the_readme() -> None:

@@ -48,6 +48,46 @@ def test_a_line_of_roles_is_a_recipe(tmp_path: Path) -> None:
     assert "quantized   42 weights to NVFP4A16 (mse), FP8_DYNAMIC (mse); 12 fused groups" in done.stdout
 
 
+def test_a_plan_says_that_an_engine_loads_everything() -> None:
+    planned = run("plan", WIKI_LLAMA, "--scheme", "W4A16", "--engine", "vllm", "--tp", "2")
+    assert (planned.returncode, planned.stderr) == (0, "")
+    assert planned.stdout.splitlines()[-1].startswith("engine      vLLM 0.32.0 on 2 ranks: everything loads (table of ")
+    assert planned.stdout.startswith(run("plan", WIKI_LLAMA, "--scheme", "W4A16").stdout)
+
+
+def test_a_plan_names_what_an_engine_does_not_load_and_exits_with_2() -> None:
+    planned = run("plan", WIKI_LLAMA, "--scheme", "W4A16", "--engine", "vllm", "--tp", "4")
+    assert planned.returncode == 2
+    *_, engine, down, o = planned.stdout.splitlines()
+    assert engine.startswith("engine      vLLM 0.32.0 on 4 ranks (table of ")
+    assert down == (
+        "PROBLEM     6 x model.layers.*.mlp.down_proj (W4A16): down_proj has 768 columns, 192 on each of 4 ranks; "
+        "vLLM needs a multiple of 128 there; way out: --tp 2, --group-size 64 or --ignore '*.mlp.down_proj'"
+    )
+    assert o.startswith("PROBLEM     6 x model.layers.*.self_attn.o_proj (W4A16): o_proj has 256 columns, 64 on each of 4 ranks")
+    assert planned.stderr == (
+        "error: vLLM 0.32.0 does not load model.layers.*.mlp.down_proj and 1 more "
+        "(way out: --tp 2, --group-size 64 or --ignore '*.mlp.down_proj')\n"
+    )
+
+
+def test_what_loads_under_a_condition_is_no_failure() -> None:
+    planned = run("plan", WIKI_LLAMA, "--scheme", "W4AFP8", "--engine", "vllm")
+    assert (planned.returncode, planned.stderr) == (0, "")
+    assert "condition   6 x model.layers.*.mlp.down_proj (W4AFP8): vLLM loads them only on GPUs of compute" in planned.stdout
+
+
+def test_a_plan_as_json_has_the_findings_as_a_key_more() -> None:
+    planned = run("plan", WIKI_LLAMA, "--scheme", "W3A16", "--engine", "sglang", "--json")
+    assert planned.returncode == 2
+    document = json.loads(planned.stdout)
+    engine = document.pop("engine")
+    assert document == json.loads(run("plan", WIKI_LLAMA, "--scheme", "W3A16", "--json").stdout)
+    assert (engine["name"], engine["version"], engine["tp"]) == ("SGLang", "0.5.23", 1)
+    assert [finding["count"] for finding in engine["findings"]] == [6, 6, 6, 6]
+    assert engine["findings"][0]["problem"] == "SGLang reads packed integers of 4 and 8 bits only"
+
+
 def test_quiet_is_quiet(tmp_path: Path) -> None:
     done = run("convert", WIKI_LLAMA, tmp_path / "out", "--scheme", "W8A8", "--quiet")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -66,6 +106,13 @@ def test_quiet_is_quiet(tmp_path: Path) -> None:
         (["convert", WIKI_LLAMA, "{tmp}/out", "--scheme", "W4A16", "--device", "cuda:77"], 2, "device cuda:77 is not there"),
         (["convert", WIKI_LLAMA, "{tmp}/out", "--scheme", "W4A16", "--max-memory", "1KB"], 2, "give --max-memory"),
         (["convert", WIKI_LLAMA, "{tmp}/out", "--scheme", "W4A16", "--threads", "0"], 2, "0 threads are too few"),
+        (
+            ["plan", WIKI_LLAMA, "--scheme", "W4A16", "--tp", "2"],
+            2,
+            "--tp 2 says on how many ranks an engine runs; say which with --engine",
+        ),
+        (["plan", WIKI_LLAMA, "--scheme", "W4A16", "--engine", "vllm", "--tp", "0"], 2, "--tp 0: an engine has at least one"),
+        (["plan", WIKI_LLAMA, "--scheme", "W4A16", "--engine", "triton"], 2, "unknown engine 'triton'; known are vllm, sglang, transf"),
         (["convert", "{tmp}/no", "{tmp}/out", "--scheme", "W4A16"], 3, "does not exist"),
         (["convert", "{tmp}", "{tmp}/out", "--scheme", "W4A16"], 3, "holds no .safetensors file"),
         (["convert", WIKI_LLAMA, "/proc/out", "--scheme", "W4A16"], 4, "/proc/out"),

@@ -3,7 +3,7 @@
 Where a scheme quantizes inputs too, transformers does so on the fly; that is switched off to compare weights alone.
 A mixture of experts is loaded too if STREAMQUANT_MOE_MODEL names the folder of one (Qwen3-MoE, all columns multiples of 64).
 transformers 5.17 stacks experts of the formats in EXPERTS only. It refuses experts of int-quantized, MXFP8, block FP8 and zero
-points, and dequantizes those of NVFP4 without their global scale: to wrong weights, and without a word.
+points, and dequantizes those of NVFP4 without their global scale: to wrong weights, and without a word. engines.toml says so.
 """
 
 import importlib.util
@@ -66,10 +66,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 TITLES = [pytest.param(title, marks=[needs_accelerate] if "native" in title else []) for title in SETTINGS]
 EXPERTS: dict[str, dict[str, Any]] = {
-    **{preset: {"scheme": preset} for preset in ("FP8_DYNAMIC", "MXFP4A16")},
+    **{preset: {"scheme": preset} for preset in ("FP8_DYNAMIC", "FP8A16", "MXFP4A16", "MXFP4")},
     **{preset: {"scheme": preset, "group_size": 64} for preset in ("W8A16", "W4A16", "W3A16")},
     "W4A16 experts, FP8_DYNAMIC attention": {"recipe": INT4_EXPERTS},
 }
+REFUSED_EXPERTS = ("W8A8", "W4A16_ASYM", "W4A8", "NVFP4A16", "MXFP8A16", "MXFP8")
 WITH_INPUTS = [preset for preset, scheme in SCHEMES.items() if scheme.activations is not None]
 
 
@@ -140,6 +141,16 @@ def test_transformers_computes_with_exactly_our_dequantized_weights(title, tmp_p
 def test_transformers_stacks_experts_of_exactly_our_dequantized_weights(title, tmp_path):
     source = Path(str(MOE_MODEL))
     assert_computes_with_our_weights(source, tmp_path, convert(source, tmp_path, EXPERTS[title]))
+
+
+@needs_moe_model
+@pytest.mark.parametrize("preset", REFUSED_EXPERTS)
+def test_transformers_does_not_load_the_experts_that_the_table_refuses(preset, tmp_path):
+    """Should one pass, engines.toml can say so."""
+    source, group = Path(str(MOE_MODEL)), {"group_size": 64} if "group_size" in SCHEMES[preset].settings else {}
+    conversion = convert(source, tmp_path, {"scheme": preset, **group})
+    with pytest.raises((RuntimeError, AssertionError), match=r"automatic conversion of the weights|differs in"):
+        assert_computes_with_our_weights(source, tmp_path, conversion)
 
 
 def test_transformers_gives_every_module_of_a_recipe_its_scheme_and_leaves_the_kept_layer_alone(tmp_path):

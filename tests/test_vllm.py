@@ -246,7 +246,7 @@ def test_vllm_loads_every_byte_and_has_the_perplexity_of_our_dequantized_weights
         pytest.skip("STREAMQUANT_MOE_MODEL is not set")
     outcome = outcomes(case.model)[case.title]
     if case.model == MOE and case.title in NO_EXPERTS_IN_VLLM:
-        assert "get_moe_method" in outcome.check["error"]  # should vLLM find a class for these experts one day, report.py can say so
+        assert "get_moe_method" in outcome.check["error"]  # should vLLM find a class for these experts one day, engines.toml can say so
         return
     assert outcome.check["error"] is None
     assert outcome.check["ok"]
