@@ -18,6 +18,7 @@ from streamquant import report
 from streamquant.convert import plan_memory, resolve_device
 from streamquant.engines import check, find_engine
 from streamquant.errors import RequestError, StreamquantError
+from streamquant.inputs import LAYOUTS
 from streamquant.schemes import FORMATS
 from streamquant.schemes.observers import OBSERVERS
 from streamquant.stream import OnProgress, Progress
@@ -28,6 +29,10 @@ EXIT_IO = 4
 EXIT_INTERRUPTED = 130
 
 Command = Callable[..., None]
+
+EXPERT_LAYOUT = click.option(
+    "--expert-layout", type=click.Choice(LAYOUTS), help="How experts are stacked in 3-D, where the model type does not tell."
+)
 
 
 def _default(name: str) -> Any:
@@ -56,6 +61,7 @@ def _recipe_options(command: Command) -> Command:
         ),
         click.option("--scale-dtype", type=click.Choice(["weight", "float32"]), help="Dtype of FP8 and INT8 scales."),
         click.option("--format", type=click.Choice(FORMATS), default=_default("format"), show_default=True, help="fp8: native block FP8."),
+        EXPERT_LAYOUT,
         click.option("--max-shard-size", metavar="SIZE", default=_default("max_shard_size"), show_default=True, help="Of an output file."),
     ]
     for option in reversed(options):
@@ -171,10 +177,11 @@ def inspect(source: str, *, as_json: bool) -> None:
 @cli.command()
 @click.argument("out")
 @click.option("--against", metavar="SOURCE", help="Also compare every tensor with its source.")
+@EXPERT_LAYOUT
 @click.option("--json", "as_json", is_flag=True, help="Every tensor, as JSON.")
-def verify(out: str, *, against: str | None, as_json: bool) -> None:
+def verify(out: str, *, against: str | None, expert_layout: str | None, as_json: bool) -> None:
     """Check a quantized checkpoint: inventory, index, shapes, scales; exit 6 if anything is off."""
-    result = streamquant.verify(out, against=against)
+    result = streamquant.verify(out, against=against, expert_layout=expert_layout)
     click.echo(json.dumps(result.to_json()) if as_json else "\n".join(report.verification_lines(result)))
     if result.problems:
         raise streamquant.VerificationError(f"{out}: {len(result.problems)} problems")

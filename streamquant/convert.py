@@ -16,10 +16,11 @@ from streamquant.checkpoint.layout import MISTRAL_CONFIG_NAME
 from streamquant.checkpoint.source import LocalSource, read_checkpoint
 from streamquant.checkpoint.writer import ShardWriter, sync_folder, write_file
 from streamquant.errors import RequestError, StorageError, VerificationError
-from streamquant.inputs import find_weights
+from streamquant.inputs import LANGUAGE_KEYS, find_weights
 from streamquant.memory import Memory, available_cpus, budget_memory
 from streamquant.plan import Copy, Encode, Plan, Shard, make_plan
 from streamquant.recipe import make_recipe
+from streamquant.schemes.plain import Plain
 from streamquant.stream import OnProgress, stream_shards
 from streamquant.verify import verify
 from streamquant.version import __version__
@@ -80,6 +81,7 @@ def plan(
     strategy: str | None = None,
     scale_dtype: str | None = None,
     format: str = "compressed-tensors",
+    expert_layout: str | None = None,
     max_shard_size: str | int = DEFAULT_MAX_SHARD_SIZE,
 ) -> Plan:
     """What `convert` would do with the same arguments, from headers and config alone.
@@ -106,7 +108,8 @@ def plan(
         checkpoint = read_checkpoint(opened)
         if format != "compressed-tensors" and checkpoint.layout.config_name == MISTRAL_CONFIG_NAME:
             raise RequestError(f"{MISTRAL_CONFIG_NAME} describes compressed-tensors only; leave out --format {format}")
-        return make_plan(checkpoint, find_weights(checkpoint, opened), wish, max_shard_bytes=max_shard_bytes)
+        inventory = find_weights(checkpoint, opened, expert_layout=expert_layout)
+        return make_plan(checkpoint, inventory, wish, max_shard_bytes=max_shard_bytes)
 
 
 def convert(
@@ -123,6 +126,7 @@ def convert(
     strategy: str | None = None,
     scale_dtype: str | None = None,
     format: str = "compressed-tensors",
+    expert_layout: str | None = None,
     max_shard_size: str | int = DEFAULT_MAX_SHARD_SIZE,
     device: str = "auto",
     max_memory: str | int | None = None,
@@ -138,6 +142,8 @@ def convert(
     ignore, include: patterns of modules to keep, and of modules to quantize although they are kept by default.
     observer, group_size, symmetric, strategy, scale_dtype: settings of each scheme in `scheme` in place of its own.
     format: "compressed-tensors", or "fp8" for native block FP8.
+    expert_layout: "rows", "columns" or "interleaved": how experts are stacked in 3-D tensors (inputs/experts.py), if the model
+    type does not tell.
     max_shard_size: bytes, or a size such as "5GB", of a file of the output.
     device: "auto" takes a GPU if there is one, else the CPU; also "cpu", "cuda", "cuda:1". The output is the same.
     max_memory: working memory on top of the interpreter; None: 256MiB, with a GPU 2GiB.
@@ -164,6 +170,7 @@ def convert(
         strategy=strategy,
         scale_dtype=scale_dtype,
         format=format,
+        expert_layout=expert_layout,
         max_shard_size=max_shard_size,
     )
     memory = plan_memory(the_plan, device=checked_device, max_memory=max_memory, threads=threads)
@@ -330,7 +337,16 @@ def _config(the_plan: Plan) -> dict[str, Any]:
             if isinstance(value, dict):
                 parent[name] = {inner: value[inner] for inner in value if inner not in STALE_KEYS}
                 parents.append(parent[name])
+    unpacked = {scheme.dtype for scheme in the_plan.recipe.schemes if isinstance(scheme, Plain)}
+    if len(unpacked) == 1 and not the_plan.quantization_config:
+        _state_dtype(config, str(unpacked.pop()).removeprefix("torch."))
     return config
+
+
+def _state_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Where a config says the dtype of a model's weights, say this one."""
+    for owner in (config, *(config[key] for key in LANGUAGE_KEYS if isinstance(config.get(key), dict))):
+        owner.update({name: dtype for name in ("dtype", "torch_dtype") if isinstance(owner.get(name), str)})
 
 
 def _index(the_plan: Plan) -> dict[str, Any]:

@@ -212,20 +212,25 @@ def make_plan(checkpoint: Checkpoint, inventory: Inventory, recipe: Recipe, *, m
             raise RequestError(f"nothing in {checkpoint.source} is quantized, so nothing would be unpacked")
         raise RequestError(f"nothing in {checkpoint.source} would be quantized: every tensor is kept; --include overrides default keeps")
     quantized = {member.module: step.scheme for step in encoded for member in step.members if not isinstance(step.scheme, Plain)}
-    return Plan(checkpoint, recipe, shards, _describe(inventory, decisions, quantized, facts), inventory.dropped)
+    config = _describe(inventory, decisions, quantized, facts)
+    if config and inventory.cache_scheme is not None:
+        config["kv_cache_scheme"] = inventory.cache_scheme
+    return Plan(checkpoint, recipe, shards, config, inventory.dropped)
 
 
 def _describe(
     inventory: Inventory, decisions: Mapping[str, Decision], quantized: Mapping[str, Scheme], facts: ModelFacts
-) -> Mapping[str, Any]:
+) -> dict[str, Any]:
     """The quantization_config, empty if nothing is quantized."""
     if not quantized:
         return {}
-    kept = [
-        weight.module
-        for weight in inventory.weights
-        if weight.module not in quantized and _reason(decisions[weight.name]) != EMBEDDING
-    ]  # fmt: skip
+    kept = []
+    for item in inventory.items:
+        if isinstance(item, Weight) and item.module not in quantized and _reason(decisions[item.name]) != EMBEDDING:
+            kept.append(item.module)
+        elif isinstance(item, Stack) and (alone := [weight.module for weight in item.weights if weight.module not in quantized]):
+            # Engines look for what is said of all experts under the names of the first.
+            kept += [item.prefix, *(module for module in alone if module.startswith(f"{item.prefix}.0."))]
     has_lm_head = any(weight.name.endswith("lm_head.weight") for weight in inventory.weights)
     patterns = _prediction_patterns(facts, kept, quantized)
     return describe_quantization(quantized, kept, absent_lm_head=not has_lm_head, kept_patterns=patterns)

@@ -21,7 +21,7 @@ from streamquant.memory import BLOCK_ELEMENTS, COPY_BYTES, row_blocks
 from streamquant.names import ModelFacts, fused_groups, role_of
 from streamquant.quantization_config import quantized_modules
 from streamquant.schemes import Scheme
-from streamquant.stored import stored_tensors
+from streamquant.stored import DENSE_DTYPES, stored_tensors
 
 SCALE_SUFFIXES = {"weight_scale", "weight_scale_inv", "weight_global_scale"}
 CODE_DTYPES = {"F8_E4M3", "I8", "U8", "I32"}  # that mean nothing without a scale
@@ -59,12 +59,13 @@ def verify(
     out: str | os.PathLike[str],
     *,
     against: str | os.PathLike[str] | None = None,
+    expert_layout: str | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> Verification:
     """Check the quantized checkpoint `out`; with the source `against`, also every tensor's bytes or error.
 
-    `on_progress` is called with the name of each tensor compared. What is off ends up in `problems`; only a folder that is not
-    there or not quantized raises (CheckpointError, RequestError).
+    `expert_layout` is that of `convert`; `on_progress` is called with the name of each tensor compared. What is off ends up in
+    `problems`; only a folder that is not there or not finished raises (CheckpointError, RequestError).
     """
     with LocalSource(out) as source:
         try:
@@ -88,7 +89,8 @@ def verify(
         if against is None:
             return report
         with LocalSource(against) as original:
-            return _compare(report, inventory, source, original, on_progress)
+            originals = find_weights(read_checkpoint(original), original, expert_layout=expert_layout)
+            return _compare(report, inventory, source, originals, original, on_progress)
 
 
 def _nothing(module: str) -> Scheme | None:
@@ -149,8 +151,7 @@ def _config_problems(checkpoint: Checkpoint, inventory: Inventory, scheme_of: Ca
 
 def _layout_problems(weight: Weight, scheme: Scheme) -> list[str]:
     """Where the tensors of a quantized weight are not those that its scheme stores."""
-    scale_dtypes = {spec.dtype for spec in weight.tensors.values()} & {"BF16", "F16"}
-    dtype = next(iter(scale_dtypes), weight.dtype)
+    dtype = next((spec.dtype for spec in weight.tensors.values() if spec.dtype in DENSE_DTYPES), weight.dtype)
     try:
         expected = {suffix: (dtype_, shape) for suffix, dtype_, shape in stored_tensors(scheme, weight.shape, dtype)}
     except RequestError:  # its groups do not divide this shape
@@ -199,9 +200,13 @@ def _fused_problems(stored: Mapping[str, Weight], scheme_of: Callable[[str], Sch
 
 
 def _compare(
-    report: Verification, inventory: Inventory, source: Source, original: LocalSource, on_progress: Callable[[str], None] | None
+    report: Verification,
+    inventory: Inventory,
+    source: Source,
+    originals: Inventory,
+    original: Source,
+    on_progress: Callable[[str], None] | None,
 ) -> Verification:
-    originals = find_weights(read_checkpoint(original), original)
     plain_stacks = _plain_stacks(inventory) & _plain_stacks(originals)
     written = _apart(inventory, plain_stacks)
     problems, errors, num_copied = [*report.problems, *originals.problems], [], 0

@@ -98,7 +98,7 @@ def deepseek_v4_mxfp4(rows: int, columns: int, *, seed: int = 0) -> Stored:
 def modelopt_nvfp4(rows: int, columns: int, *, seed: int = 0, scale_2: float | None = None) -> Stored:
     rng = generator(seed)
     code = rng.integers(0, 16, (rows, columns), dtype=np.uint8)
-    group_scale = random_e4m3(rng, (rows, columns // 16)).abs()
+    group_scale = random_e4m3(rng, (rows, columns // 16)).float().abs().clamp(min=2.0**-9).to(torch.float8_e4m3fn)
     scale = torch.tensor(rng.uniform(1e-5, 1e-3) if scale_2 is None else scale_2, dtype=torch.float32)
     each = wide((group_scale.float() * scale).float())  # rounded to float32 before the code is multiplied
     values = rounded(E2M1[code] * spread(each, (rows, columns), (1, 16)), torch.bfloat16)
@@ -167,3 +167,10 @@ AWQ_CONFIG = quantization_config("awq", bits=4, group_size=32, zero_point=True, 
 def gptq_config(**said: Any) -> dict[str, Any]:
     settings = {"bits": 4, "group_size": 32, "sym": True, "desc_act": False, "checkpoint_format": "gptq"} | said
     return quantization_config("gptq", **settings) | {"torch_dtype": "float16"}
+
+
+def fp8_modelopt_blocks(rows: int, columns: int, *, seed: int = 0) -> Stored:
+    """FP8_PB_WO: scales [N/128, 1, K/128, 1]."""
+    stored = fp8_block(rows, columns, seed=seed)
+    scale = stored.tensors["weight_scale_inv"]
+    return stored._replace(tensors={"weight": stored.tensors["weight"], "weight_scale": scale[:, None, :, None].contiguous()})

@@ -28,6 +28,7 @@ from streamquant.schemes import Scheme
 from streamquant.schemes.fp8 import BLOCK
 
 __all__ = [
+    "LANGUAGE_KEYS",
     "LAYOUTS",
     "Dense",
     "InputFormat",
@@ -70,6 +71,7 @@ class Inventory:
     items: tuple[Item, ...]  # matrices, stacks of them, and tensors that are neither, in source order
     dropped: Mapping[str, str]  # tensors of the source that mean nothing to an output -> why
     problems: tuple[str, ...]  # what does not fit together
+    cache_scheme: Mapping[str, Any] | None  # how compressed-tensors quantizes the KV cache, if the source has that and its scales
 
     @property
     def weights(self) -> Iterator[Weight]:
@@ -99,7 +101,8 @@ def find_weights(checkpoint: Checkpoint, source: Source, *, expert_layout: str |
     hints = _hints(checkpoint.config, stated, source, expert_layout)
     problems: list[str] = []
     item_of = _stored_together(checkpoint, hints, problems)
-    keeps_cache = stated.get("kv_cache_scheme") is not None and stated.get("quant_method") == "compressed-tensors"
+    cache_scheme = stated.get("kv_cache_scheme") if stated.get("quant_method") == "compressed-tensors" else None
+    cache_scheme = cache_scheme if isinstance(cache_scheme, dict) else None
     quantized = {item.module for item in item_of.values() if isinstance(item, Weight)}
     items: dict[str, Item] = {}
     stray: defaultdict[str, list[str]] = defaultdict(list)
@@ -112,7 +115,7 @@ def find_weights(checkpoint: Checkpoint, source: Source, *, expert_layout: str |
                 items.setdefault(item.name, item)
         elif role in ACTIVATION_ROLES and module in quantized:
             dropped[name] = "static scale of activations"
-        elif role in CACHE_ROLES and not keeps_cache:
+        elif role in CACHE_ROLES and cache_scheme is None:
             dropped[name] = "scale of a quantized KV cache"
         elif role in STORED_ROLES:
             stray[module].append(f"{role} {spec.dtype} {list(spec.shape)}")
@@ -129,7 +132,7 @@ def find_weights(checkpoint: Checkpoint, source: Source, *, expert_layout: str |
     rotations = stated.get("transform_config")
     if quantized and isinstance(rotations, dict) and rotations.get("config_groups"):
         problems.append("quantization_config has a transform_config: the weights are rotated, which is not undone")
-    return Inventory(tuple(items.values()), MappingProxyType(dropped), tuple(problems))
+    return Inventory(tuple(items.values()), MappingProxyType(dropped), tuple(problems), cache_scheme)
 
 
 def _stored_together(checkpoint: Checkpoint, hints: Hints, problems: list[str]) -> dict[str, Weight | Stack | None]:
