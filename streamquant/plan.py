@@ -224,13 +224,14 @@ def _describe(
     """The quantization_config, empty if nothing is quantized."""
     if not quantized:
         return {}
+    apart = _taken_apart(inventory, decisions)
     kept = []
     for item in inventory.items:
-        if isinstance(item, Weight) and item.module not in quantized and _reason(decisions[item.name]) != EMBEDDING:
-            kept.append(item.module)
-        elif isinstance(item, Stack) and (alone := [weight.module for weight in item.weights if weight.module not in quantized]):
-            # Engines look for what is said of all experts under the names of the first.
-            kept += [item.prefix, *(module for module in alone if module.startswith(f"{item.prefix}.0."))]
+        if isinstance(item, Stack) and not apart:
+            kept += [item.prefix, *(weight.module for weight in item.of_first)]
+    for weight in inventory.weights:
+        if weight.module not in quantized and (apart or weight.place is None) and _reason(decisions[weight.name]) != EMBEDDING:
+            kept.append(weight.module)
     has_lm_head = any(weight.name.endswith("lm_head.weight") for weight in inventory.weights)
     patterns = _prediction_patterns(facts, kept, quantized)
     return describe_quantization(quantized, kept, absent_lm_head=not has_lm_head, kept_patterns=patterns)
@@ -469,9 +470,7 @@ def _draft(inventory: Inventory, decisions: Mapping[str, Decision], groups: Sequ
     """Drafts of the steps in source order, fused partners together at the place of the first."""
     group_of = {name: group for group in groups for name in group}
     weights = {weight.name: weight for weight in inventory.weights}
-    # Loaders take the experts of a model from stacks or one by one, not both.
-    stacked = [weight for item in inventory.items if isinstance(item, Stack) for weight in item.weights]
-    splits = any(not isinstance(decisions[weight.name], Keep | Plain) for weight in stacked)
+    apart = _taken_apart(inventory, decisions)
     problems: dict[str, tuple[str, ...]] = {}  # with the weights that must be kept to avoid it
     drafts: list[_Draft] = []
     done: set[str] = set()
@@ -479,7 +478,7 @@ def _draft(inventory: Inventory, decisions: Mapping[str, Decision], groups: Sequ
         if isinstance(item, TensorSpec):
             drafts.append(_copy(item, NOT_A_MATRIX))
             continue
-        if isinstance(item, Stack) and not (splits and item.weights):
+        if isinstance(item, Stack) and not (apart and item.weights):
             drafts += _together(item, decisions)
             continue
         for weight in item.weights if isinstance(item, Stack) else (item,):
@@ -499,6 +498,12 @@ def _draft(inventory: Inventory, decisions: Mapping[str, Decision], groups: Sequ
         more = f" (and {len(others)} more weights)" if others else ""
         raise RequestError(f"{first}{more} ({_way_out([name for names in problems.values() for name in names])})")
     return drafts
+
+
+def _taken_apart(inventory: Inventory, decisions: Mapping[str, Decision]) -> bool:
+    """Whether stacks become single experts: if any is quantized, for loaders take all experts of a model in one way."""
+    stacked = (weight for item in inventory.items if isinstance(item, Stack) for weight in item.weights)
+    return any(not isinstance(decisions[weight.name], Keep | Plain) for weight in stacked)
 
 
 def _copy(tensor: TensorSpec, reason: str) -> _Draft:

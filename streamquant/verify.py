@@ -135,7 +135,7 @@ def _config_problems(checkpoint: Checkpoint, inventory: Inventory, scheme_of: Ca
     """Where the config and the tensors disagree."""
     facts = ModelFacts.from_config(checkpoint.config, checkpoint.tensors)
     problems = []
-    for weight in inventory.weights:
+    for weight in _said_of(inventory):
         module, scheme = weight.module, scheme_of(weight.module)
         if not weight.is_quantized:
             if scheme is not None and role_of(module, weight.shape[0], facts) != "embeddings":
@@ -147,6 +147,15 @@ def _config_problems(checkpoint: Checkpoint, inventory: Inventory, scheme_of: Ca
         else:
             problems += _layout_problems(weight, scheme)
     return problems
+
+
+def _said_of(inventory: Inventory) -> Iterator[Weight]:
+    """The matrices of which a config says something by name."""
+    for item in inventory.items:
+        if isinstance(item, Weight):
+            yield item
+        elif isinstance(item, Stack):
+            yield from item.of_first
 
 
 def _layout_problems(weight: Weight, scheme: Scheme) -> list[str]:

@@ -11,7 +11,7 @@ Legend: E experts, H hidden size, I size of an expert.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -62,9 +62,9 @@ class Stack:
     problem: str  # why there are no weights
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Of the plain 3-D tensor of `whole`."""
-        return len(self.whole), *self.whole[0].shape
+    def of_first(self) -> Iterator[Weight]:
+        """The weights of the first expert, under whose names engines look for what is said of all."""
+        return (weight for weight in self.weights if weight.place is not None and weight.place.expert == 0)
 
 
 class _Found(NamedTuple):
