@@ -3,8 +3,9 @@
     python benchmarks/memory.py                     # address space for data limited with RLIMIT_DATA; no rights needed
     python benchmarks/memory.py --cgroup DIRECTORY  # a real memory limit, page cache included
 
-One shard of 4 GB with an embedding of 1 GB in it is converted with the default budget under a limit of 768 MB; then one of ten times
-the size, under the same limit. The large source is sparse (it reads as zeros and takes no disk) unless --full.
+One shard of 4 GB with an embedding of 1 GB in it is converted with the default budget under a limit of 768 MB; then a layer of Llama 4
+Scout, whose experts are two transposed stacks of 2.7 and 1.3 GB; then a checkpoint of ten times the size, under the same limit. The
+large source is sparse (it reads as zeros and takes no disk) unless --full.
 
 DIRECTORY is a cgroup in which you may make groups: of version 2, delegated to you and with the memory controller handed down, as in
 
@@ -24,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from measure import MEGABYTE, Measurement, measure, measure_ok, streamquant_command
-from synthetic import llama, write_checkpoint
+from synthetic import llama, stacked, write_checkpoint
 
 LIMIT_BYTES = 768 << 20
 SOURCE_BYTES = 4_000_000_000
@@ -52,11 +53,12 @@ def main() -> None:
         print(f"{kind} of {LIMIT_BYTES / MEGABYTE:.0f} MB; an idle interpreter with the package: {idle.peak_anonymous / MEGABYTE:.0f} MB")
         print("\n| source | scheme | result | wall time | CPU time | peak anonymous | peak of the cgroup, with page cache |")
         print("|---|---|---|---|---|---|---|", flush=True)
-        for factor, schemes in ((1, arguments.schemes), (10, () if arguments.skip_large else (LARGE_SCHEME,))):
-            if not schemes:
-                continue
-            sparse = factor > 1 and not arguments.full
-            tensors, config = llama(factor * SOURCE_BYTES, hidden=HIDDEN, intermediate=INTERMEDIATE)
+        dense = llama(SOURCE_BYTES, hidden=HIDDEN, intermediate=INTERMEDIATE)
+        large = llama(10 * SOURCE_BYTES, hidden=HIDDEN, intermediate=INTERMEDIATE)
+        sources = [("Llama", dense, arguments.schemes, False), ("3-D experts", stacked(1), arguments.schemes, False)]
+        if not arguments.skip_large:
+            sources.append(("Llama", large, [LARGE_SCHEME], not arguments.full))
+        for kind_of_model, (tensors, config), schemes, sparse in sources:
             total = sum(tensor.num_bytes for tensor in tensors)
             needed = total * (0.3 if sparse else 1.6)
             if shutil.disk_usage(folder).free < needed:
@@ -68,7 +70,7 @@ def main() -> None:
                 failures += run.exit_code != 0
                 result = "converted" if run.exit_code == 0 else f"FAILED ({run.exit_code}): {run.output.strip()[-200:]}"
                 usage = "" if cgroup_peak is None else f"{cgroup_peak / MEGABYTE:.0f} MB"
-                size = f"{total / 1e9:.1f} GB{', sparse' if sparse else ''}"
+                size = f"{kind_of_model}, {total / 1e9:.1f} GB{', sparse' if sparse else ''}"
                 times = f"{run.seconds:.0f} s | {run.cpu_seconds:.0f} s"
                 print(f"| {size} | {scheme} | {result} | {times} | {run.peak_anonymous / MEGABYTE:.0f} MB | {usage} |", flush=True)
             shutil.rmtree(folder / "source")

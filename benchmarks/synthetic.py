@@ -99,6 +99,28 @@ def mixture(num_layers: int, num_experts: int, *, hidden: int = 4096, intermedia
     return tensors, config
 
 
+def stacked(num_layers: int, *, num_experts: int = 16, hidden: int = 5120, intermediate: int = 8192) -> tuple[list[Tensor], dict[str, Any]]:
+    """Layers of Llama 4 Scout: its experts in two 3-D tensors of 2.7 and 1.3 GB, transposed."""
+    tensors = []
+    for layer in range(num_layers):
+        prefix = f"model.layers.{layer}"
+        tensors.append(Tensor(f"{prefix}.feed_forward.experts.gate_up_proj", (num_experts, hidden, 2 * intermediate)))
+        tensors.append(Tensor(f"{prefix}.feed_forward.experts.down_proj", (num_experts, intermediate, hidden)))
+        tensors.append(Tensor(f"{prefix}.feed_forward.router.weight", (num_experts, hidden)))
+        for role, rows in (("q", hidden), ("k", hidden // 5), ("v", hidden // 5), ("o", hidden)):
+            tensors.append(Tensor(f"{prefix}.self_attn.{role}_proj.weight", (rows, hidden)))
+    config = {
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": "llama4_text",
+        "dtype": "bfloat16",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": num_layers,
+        "num_local_experts": num_experts,
+    }
+    return tensors, config
+
+
 def write_checkpoint(folder: Path, tensors: Sequence[Tensor], config: dict[str, Any], *, shard_bytes: int, sparse: bool = False) -> None:
     """Write shards of at most `shard_bytes`, the index if there are several, and config.json."""
     folder.mkdir(parents=True)
