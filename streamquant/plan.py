@@ -420,6 +420,9 @@ def _said(decision: Decision) -> str:
 # --- drafting --------------------------------------------------------------------------------------------------------
 
 
+_Output = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
+
+
 class _Draft(NamedTuple):
     """A step before its outputs have a place: a tensor to copy, or weights to store by a scheme."""
 
@@ -430,20 +433,20 @@ class _Draft(NamedTuple):
     keeps_codes: bool = False
     stack: str = ""  # the name of the 3-D tensor that the weights make up together
 
-    def outputs(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """(name, dtype, shape) of what is written."""
+    def outputs(self) -> list[list[_Output]]:
+        """What is written, for each weight, or in one list for all."""
         if self.tensor is not None:
-            return [self.tensor[:3]]
+            return [[self.tensor[:3]]]
         if self.stack:
             [(_, dtype, shape)] = stored_tensors(self.scheme, self.weights[0].shape, self.weights[0].dtype)
-            return [(self.stack, dtype, (len(self.weights), *shape))]
-        return [output for weight in self.weights for output in self._outputs_of(weight)]
+            return [[(self.stack, dtype, (len(self.weights), *shape))]]
+        return [self._outputs_of(weight) for weight in self.weights]
 
-    def _outputs_of(self, weight: Weight) -> list[tuple[str, str, tuple[int, ...]]]:
-        stored = stored_tensors(self.scheme, weight.shape, weight.dtype)
+    def _outputs_of(self, weight: Weight) -> list[_Output]:
+        stored, module = stored_tensors(self.scheme, weight.shape, weight.dtype), weight.module
         if weight.is_vector:
             return [(weight.name, dtype, shape[:1]) for _, dtype, shape in stored]
-        return [(f"{weight.module}.{suffix}", dtype, shape) for suffix, dtype, shape in stored]
+        return [(f"{module}.{suffix}", dtype, shape) for suffix, dtype, shape in stored]
 
     def num_bytes(self) -> int:
         """Bytes of what is written."""
@@ -451,8 +454,8 @@ class _Draft(NamedTuple):
             return self.tensor.num_bytes
         return sum(stored_bytes(self.scheme, weight.shape, weight.dtype) for weight in self.weights)
 
-    def step(self, places: Mapping[str, TensorSpec]) -> Step:
-        """The step, with the places of its outputs by name."""
+    def step(self, outputs: Sequence[Sequence[_Output]], places: Mapping[str, TensorSpec]) -> Step:
+        """The step that writes `outputs`, with the places of these by name."""
         if self.tensor is not None:
             return Copy(self.tensor, places[self.tensor.name], self.reason)
         if self.stack:
@@ -462,8 +465,8 @@ class _Draft(NamedTuple):
             parts = [TensorSpec(whole.name, whole.dtype, whole.shape[1:], whole.file, start, start + part_bytes) for start in starts]
             members = tuple(Member(weight, (part,)) for weight, part in zip(self.weights, parts, strict=True))
             return Encode(members, self.scheme, reason=self.reason, whole=whole)
-        members = tuple(Member(weight, tuple(places[name] for name, _, _ in self._outputs_of(weight))) for weight in self.weights)
-        return Encode(members, self.scheme, self.keeps_codes, self.reason)
+        encoded = [Member(weight, tuple([places[name] for name, _, _ in own])) for weight, own in zip(self.weights, outputs, strict=True)]
+        return Encode(tuple(encoded), self.scheme, self.keeps_codes, self.reason)
 
 
 def _draft(inventory: Inventory, decisions: Mapping[str, Decision], groups: Sequence[tuple[str, ...]]) -> list[_Draft]:
@@ -589,12 +592,13 @@ def _lay_out(drafts: Sequence[_Draft], layout: Layout, max_shard_bytes: int) -> 
 
 
 def _shard(file: str, drafts: Sequence[_Draft]) -> Shard:
+    outputs = [draft.outputs() for draft in drafts]
     # Widest elements first, so that every tensor is aligned to its element.
-    outputs = sorted((output for draft in drafts for output in draft.outputs()), key=lambda output: -DTYPE_BITS[output[1]])
-    header, placed = build_header(outputs, file=file)
+    in_order = sorted((output for lists in outputs for own in lists for output in own), key=lambda output: -DTYPE_BITS[output[1]])
+    header, placed = build_header(in_order, file=file)
     places = {spec.name: spec for spec in placed}
     end = placed[-1].end if placed else len(header)
-    return Shard(file, tuple(draft.step(places) for draft in drafts), end)
+    return Shard(file, tuple([draft.step(lists, places) for draft, lists in zip(drafts, outputs, strict=True)]), end)
 
 
 # --- as plain values -------------------------------------------------------------------------------------------------
