@@ -136,7 +136,8 @@ def convert(
 ) -> Conversion:
     """Quantize the checkpoint `source`, a directory or a .safetensors file, into the new directory `out`.
 
-    scheme: preset (see `streamquant schemes`) for every linear weight that is not kept, or several by role or pattern
+    scheme: preset (see `streamquant schemes`; "BF16" unpacks a quantized source) for every linear weight that is not kept, or several
+    by role or pattern
         ("experts=NVFP4A16,attention=FP8_BLOCK"); or None, with a `recipe`.
     recipe: TOML file of ordered rules (recipe.py); its rules come before `scheme`.
     ignore, include: patterns of modules to keep, and of modules to quantize although they are kept by default.

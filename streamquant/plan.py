@@ -93,6 +93,11 @@ class Encode:
     whole: TensorSpec | None = None  # the one tensor that the members make up, if they do
 
     @property
+    def unpacks(self) -> bool:
+        """Whether quantized weights become plain ones."""
+        return isinstance(self.scheme, Plain) and self.members[0].weight.is_quantized
+
+    @property
     def source_bytes(self) -> int:
         """Bytes to read."""
         return sum(member.weight.num_bytes for member in self.members)

@@ -9,7 +9,7 @@ from streamquant.inspect import Inspection
 from streamquant.memory import Memory
 from streamquant.names import fold
 from streamquant.plan import Copy, Encode, Plan, Step, bits_per_weight
-from streamquant.schemes import NEED_ACTIVATION_SCALES, SCHEMES
+from streamquant.schemes import NEED_ACTIVATION_SCALES, PLAIN, SCHEMES
 from streamquant.schemes.plain import Plain
 from streamquant.verify import Verification
 
@@ -75,7 +75,7 @@ def summary_lines(plan: Plan) -> list[str]:
         lines.append(f"as stored   {len(as_stored)} of them, whose codes and scales the source has: {_examples(as_stored)}")
     lines += [
         *(f"unpacked    {len(names)} x {fate}: {_examples(names)}" for fate, names in _unpacked(encoded).items()),
-        *(f"kept        {len(names)} x {reason}: {_examples(names)}" for reason, names in _copied(plan.steps).items()),
+        *(f"kept        {len(names)} x {reason}: {_examples(names)}" for reason, names in _kept(plan.steps).items()),
         *(f"dropped     {len(names)} x {reason}: {_examples(names)}" for reason, names in _dropped(plan).items()),
         *(f"left out    {file}: {reason}" for file, reason in plan.checkpoint.left_out.items()),
         f"size        {format_bytes(plan.source_bytes)} -> {format_bytes(plan.output_bytes)} ({ratio:.0%}) in {len(plan.shards)} files",
@@ -89,18 +89,20 @@ def _unpacked(encoded: Iterable[Encode]) -> dict[str, list[str]]:
     """Names of quantized weights that are left plain, by what they become and why."""
     names: defaultdict[str, list[str]] = defaultdict(list)
     for step in encoded:
-        if isinstance(step.scheme, Plain):
+        if step.unpacks:
             fate = step.scheme.title + (f", {step.reason}" if step.reason else "")
             names[fate] += [member.weight.name for member in step.members]
     return names
 
 
-def _copied(steps: Iterable[Step]) -> dict[str, list[str]]:
-    """Names of tensors that are copied, by the reason."""
+def _kept(steps: Iterable[Step]) -> dict[str, list[str]]:
+    """Names of tensors that are copied, or taken from a stack as they are, by the reason."""
     names: defaultdict[str, list[str]] = defaultdict(list)
     for step in steps:
         if isinstance(step, Copy):
             names[step.reason].append(step.source.name)
+        elif isinstance(step.scheme, Plain) and not step.unpacks:
+            names[step.reason] += [member.weight.name for member in step.members]
     return names
 
 
@@ -181,7 +183,12 @@ def scheme_lines() -> list[str]:
             for name, instead in NEED_ACTIVATION_SCALES.items()
         ),
     ]
-    return [*lines, "FP8_BLOCK with --format fp8 is stored as DeepSeek-V3 does it, which needs no compressed-tensors to load."]
+    return [
+        *lines,
+        "FP8_BLOCK with --format fp8 is stored as DeepSeek-V3 does it, which needs no compressed-tensors to load.",
+        f"{', '.join(scheme.preset for scheme in PLAIN.values())} unpack a quantized source into plain numbers, and quantize nothing.",
+        "Experts stacked in 3-D become single ones, unless they are kept or only unpacked: gpt-oss loads in stacks alone.",
+    ]
 
 
 def _fates(step: Step) -> list[tuple[str, str, str, str, int, int]]:
@@ -191,7 +198,8 @@ def _fates(step: Step) -> list[tuple[str, str, str, str, int, int]]:
     partners = [member.module.rpartition(".")[2] for member in step.members]
     fate = step.scheme.title
     if isinstance(step.scheme, Plain):
-        fate = f"unpacked to {fate}" + (f", kept: {step.reason}" if step.reason else "")
+        fate = f"unpacked to {fate}" if step.unpacks else "taken from its stack"
+        fate += f", kept: {step.reason}" if step.reason else ""
     elif step.keeps_codes:
         fate += ", as stored"
     if len(partners) > 1 and step.whole is None:
