@@ -19,7 +19,7 @@ from torch import Tensor
 from streamquant.checkpoint.source import Source
 from streamquant.checkpoint.writer import ShardWriter
 from streamquant.errors import CheckpointError
-from streamquant.inputs import Weight, new_memory
+from streamquant.inputs import Weight
 from streamquant.memory import COPY_BYTES, Memory, row_blocks, row_multiple
 from streamquant.plan import Copy, Encode, Member, Shard, Step
 from streamquant.schemes import Scheme
@@ -225,23 +225,25 @@ class _Engine:
         scheme = step.scheme
         kept = []
         for member in step.members:
-            for row, weight_NK in self._blocks(member, 0, member.weight.shape[0], scheme, reuse=False):
-                kept.append((member, row, *self._observe(weight_NK, member, scheme)))
+            # In one piece: blocks kept one by one between temporaries would tear the heap apart.
+            whole_NK = torch.empty(member.weight.shape, dtype=TORCH_DTYPES[member.weight.dtype], device=self._device)
+            for row, weight_NK in self._blocks(member, 0, len(whole_NK), scheme):
+                finite_NK, bounds_BRC = self._observe(weight_NK, member, scheme)
+                block_NK = whole_NK[row : row + len(finite_NK)].copy_(finite_NK)
+                kept.append((member, row, block_NK, bounds_BRC))
         shared = self._share(step, [_largest([bounds_BRC for *_, bounds_BRC in kept])])
         for member, row, weight_NK, bounds_BRC in kept:
             self._store(member, writer, row, scheme.encode(weight_NK, bounds_BRC, shared=shared), scheme)
         for member in step.members:
             self._store_once(member, scheme, writer, shared)
 
-    def _blocks(self, member: Member, start: int, end: int, scheme: Scheme, *, reuse: bool = True) -> Iterator[tuple[int, Tensor]]:
-        """(first row, weight_NK on the device) for blocks of the rows start..end. With `reuse` a block overwrites the one before."""
+    def _blocks(self, member: Member, start: int, end: int, scheme: Scheme) -> Iterator[tuple[int, Tensor]]:
+        """(first row, weight_NK on the device) for blocks of the rows start..end. A block may overwrite the one before."""
         weight = member.weight
-        for row, _, stored in self._stored_blocks(weight, start, end, scheme, reuse=reuse):
+        for row, _, stored in self._stored_blocks(weight, start, end, scheme):
             yield row, weight.decode({role: tensor.to(self._device) for role, tensor in stored.items()})
 
-    def _stored_blocks(
-        self, weight: Weight, start: int, end: int, scheme: Scheme, *, reuse: bool = True
-    ) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+    def _stored_blocks(self, weight: Weight, start: int, end: int, scheme: Scheme) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
         """(first row, end, what the source has of it) for blocks of the rows start..end."""
         multiple, num_columns = row_multiple(weight, scheme), weight.shape[1]
         # Several tensors, or strided ones, are read more at a time than is decoded: a line of theirs would be a few bytes.
@@ -250,7 +252,7 @@ class _Engine:
             read_elements = self._memory.read_bytes * weight.num_elements // max(weight.num_bytes, 1)
         for read_start, read_end in row_blocks(end - start, num_columns, row_multiple=multiple, max_elements=read_elements):
             read_start, read_end = start + read_start, start + read_end
-            stored = weight.read(self._source, read_start, read_end, self._buffer if reuse else new_memory)
+            stored = weight.read(self._source, read_start, read_end, self._buffer)
             if weight.is_plain:
                 yield read_start, read_end, stored
                 continue

@@ -45,6 +45,11 @@ def pack_int32(code_Ln: Tensor, num_bits: int) -> Tensor:
 def unpack_int32(word_LW: Tensor, num_bits: int, count: int) -> Tensor:
     """The inverse of `pack_int32`: int8 codes [L, count]."""
     mask = (1 << num_bits) - 1
+    if 8 % num_bits == 0:
+        byte_Lm = word_LW.contiguous().view(torch.uint8)
+        parts = [(byte_Lm >> shift) & mask for shift in range(0, 8, num_bits)]
+        unsigned_Ln = torch.stack(parts, dim=-1).flatten(1)[:, :count]
+        return (unsigned_Ln - (1 << (num_bits - 1))).view(torch.int8)  # wraps modulo 256
     index = torch.arange(count, device=word_LW.device) * num_bits
     word, shift = index // WORD_BITS, index % WORD_BITS
     wide_LW = F.pad(word_LW.to(torch.int64) & 0xFFFFFFFF, (0, 1))
