@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from streamquant.errors import RequestError
 from streamquant.schemes import Scheme, find_scheme
 from tests import oracles
 
@@ -148,3 +149,33 @@ def test_bounds_are_not_finite_where_a_weight_is_not(preset: str, observer: str,
         finite_RC = scheme.observe(weight_NK).isfinite().all(0)
         assert not finite_RC[2 // unit_rows, 130 // unit_columns]
         assert (~finite_RC).sum() == 1
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"preset": "FP8_DYNAMIC"}, {"preset": "FP8_DYNAMIC", "strategy": "tensor"}, {"preset": "FP8_BLOCK"}, {"preset": "NVFP4A16"}],
+    ids=str,
+)
+@each_dtype
+def test_scales_that_are_powers_of_two_are_the_smallest_that_clip_nothing(setting: dict[str, str], dtype: torch.dtype) -> None:
+    for weight_NK in oracles.weights_to_try((256, 256), dtype).values():
+        if not 2.0**-100 < float(weight_NK.abs().amax()) < 2.0**100:
+            continue
+        scheme = find_scheme(**setting, observer="power_of_two")
+        stored = scheme.encode_whole(weight_NK)
+        _, scales = scheme.unpack(stored, 256)
+        amax_RC = torch.from_numpy(extremes(scheme, weight_NK)[0]).expand(scales.scale_RC.shape)
+        if setting.get("strategy") == "tensor":
+            amax_RC = amax_RC.amax().view(1, 1)
+        ratio_RC = amax_RC / (scales.scale_RC.double() * scheme.largest_code)
+        # Scales of float16 and of NVFP4's groups end at a smallest one; below they are what there is.
+        usual_RC = (scales.scale_RC > scales.scale_RC.amax() * 2.0**-14) & (amax_RC > (2.0**-4 if dtype == torch.float16 else 2.0**-100))
+        assert bool((torch.frexp(scales.scale_RC[usual_RC])[0] == 0.5).all())
+        assert bool((ratio_RC[usual_RC] <= 1).all())
+        assert bool((ratio_RC[usual_RC] > 0.5).all())
+
+
+def test_only_floating_point_schemes_with_floating_point_scales_have_powers_of_two_to_choose() -> None:
+    for preset in ("W4A16", "W8A8", "MXFP4", "MXFP8"):
+        with pytest.raises(RequestError, match=f"observer power_of_two is made for floating point codes .* not for {preset}"):
+            find_scheme(preset, observer="power_of_two")

@@ -11,7 +11,9 @@ from streamquant.schemes.rounding import (
     e2m1_value,
     e8m0_exponent,
     e8m0_value,
+    floor_power_of_two,
     power_2_4,
+    power_of_two_multiple,
     round_to_e2m1,
     round_to_e4m3,
     tree_sum,
@@ -124,3 +126,19 @@ def test_a_tree_sum_adds_halves(count: int, seed: int) -> None:
     assert tree_sum(value).tolist() == [add_halves(list(row.numpy())) for row in value]
     assert torch.equal(tree_sum(value)[1:], tree_sum(value[1:].clone()))
     assert (tree_sum(value).double() - value.double().sum(1)).abs().max() < 1e-6 * count
+
+
+@pytest.mark.parametrize("factor", [448.0, 6.0, 1.0])
+def test_the_smallest_power_of_two_times_a_factor_that_is_not_below(factor: float) -> None:
+    exact = (factor * torch.exp2(torch.arange(-100.0, 100.0))).float()
+    near = [exact, exact.nextafter(torch.zeros(())), exact.nextafter(torch.full((), torch.inf))]
+    value = torch.cat([*near, floats(20_000, low_exponent=-90, high_exponent=90).abs()])
+    expected = factor * 2.0 ** np.ceil(np.log2(value.double().numpy() / factor) - 1e-12)
+    assert power_of_two_multiple(value, factor).double().tolist() == expected.tolist()
+    kept = torch.tensor([0.0, torch.finfo(torch.float32).max])
+    assert torch.equal(power_of_two_multiple(kept, 448.0), kept)
+
+
+def test_the_power_of_two_below() -> None:
+    value = floats(20_000, low_exponent=-90, high_exponent=90).abs().clamp(min=1e-30)
+    assert floor_power_of_two(value).double().tolist() == (2.0 ** np.floor(np.log2(value.double().numpy()))).tolist()
