@@ -15,7 +15,7 @@ from streamquant.cli import cli
 
 ROOT = Path(streamquant.__file__).parent
 ORDER = (
-    "__main__", "cli", "report", "__init__", "convert", "verify", "inspect", "stream", "memory", "engines", "plan", "inputs",
+    "__main__", "cli", "report", "__init__", "convert", "verify", "inspect", "stream", "memory", "engines", "plan", "decide", "inputs",
     "quantization_config", "recipe", "names", "stored", "schemes", "checkpoint", "version", "errors",
 )  # fmt: skip
 NOT_ARGUMENTS = {"dry_run", "report_file", "quiet", "help"}
