@@ -210,6 +210,10 @@ STACKED: dict[str, dict[str, Any]] = {
     **{model_type: {"num_local_experts": NUM_EXPERTS} for model_type in ("gpt_oss", "granitemoe", "llama4_text", "openai_privacy_filter")},
     **{model_type: {"num_experts": NUM_EXPERTS} for model_type in ("qwen3_5_moe_text", "qwen3_moe", "qwen3_vl_moe_text")},
     "aria_text": {"moe_num_experts": NUM_EXPERTS, "moe_topk": 1},
+    "qwen3_vl_moe": {  # saved with stacks transposed, as they are published
+        "text_config": SIZES | {"num_experts": NUM_EXPERTS},
+        "vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64},
+    },
 }
 SWAPPED = {f"{one}_proj.{role}": f"{other}_proj.{role}" for one, other in (("gate", "up"), ("up", "gate")) for role in ("weight", "bias")}
 CLAMPED = {"gpt_oss", "openai_privacy_filter"}  # with the gate of gpt-oss, and biases
