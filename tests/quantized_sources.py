@@ -4,12 +4,16 @@ Slow and obvious, in numpy, and sharing nothing with the package. Sources: FORMA
 AutoGPTQ as in the docstrings of `streamquant.inputs`.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # column of each nibble of a word
@@ -174,3 +178,69 @@ def fp8_modelopt_blocks(rows: int, columns: int, *, seed: int = 0) -> Stored:
     stored = fp8_block(rows, columns, seed=seed)
     scale = stored.tensors["weight_scale_inv"]
     return stored._replace(tensors={"weight": stored.tensors["weight"], "weight_scale": scale[:, None, :, None].contiguous()})
+
+
+# --- a model in compressed-tensors, as other programs would have stored the same codes ---------------------------------
+
+
+def awq_of(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """AutoAWQ's tensors of asymmetric int4."""
+    scale_NG, shape = parts["weight_scale"], torch.Size(parts["weight_shape"].tolist())
+    code_NK = unpack_from_int32(parts["weight_packed"], 4, shape).numpy().astype(np.int64) + 8
+    zero_NG = unpack_from_int32(parts["weight_zero_point"], 4, scale_NG.shape, packed_dim=0).numpy().astype(np.int64) + 8
+    return {"qweight": awq_words(code_NK.T), "qzeros": awq_words(zero_NG.T), "scales": scale_NG.T.contiguous()}
+
+
+def gptq_of(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """AutoGPTQ's tensors of symmetric int4."""
+    scale_NG, shape = parts["weight_scale"], torch.Size(parts["weight_shape"].tolist())
+    code_NK = unpack_from_int32(parts["weight_packed"], 4, shape).numpy().astype(np.int64) + 8
+    group_of = np.arange(shape[1], dtype=np.int32) // (shape[1] // scale_NG.shape[1])
+    return {
+        "qweight": bit_stream(code_NK, 4).T.contiguous(),
+        "qzeros": bit_stream(np.full(scale_NG.T.shape, 7), 4),
+        "scales": scale_NG.T.contiguous(),
+        "g_idx": torch.from_numpy(group_of),
+    }
+
+
+def modelopt_of(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """ModelOpt's tensors of NVFP4."""
+    scale_2 = (1 / parts["weight_global_scale"]).view(())
+    return {
+        "weight": parts["weight_packed"],
+        "weight_scale": parts["weight_scale"],
+        "weight_scale_2": scale_2,
+        "input_scale": torch.tensor(0.1),
+    }
+
+
+def deepseek_v4_of(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """DeepSeek-V4's tensors of MXFP4."""
+    return {"weight": parts["weight_packed"].view(torch.int8), "scale": parts["weight_scale"].view(torch.float8_e8m0fnu)}
+
+
+# Scheme that stores the codes -> how the other program does, and its quantization_config.
+REENCODED: dict[str, tuple[Callable[[Mapping[str, Tensor]], dict[str, Tensor]], dict[str, Any]]] = {
+    "W4A16_ASYM": (awq_of, {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}),
+    "W4A16": (gptq_of, {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False, "lm_head": False}),
+    "NVFP4A16": (modelopt_of, {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head"]}),
+    "MXFP4A16": (deepseek_v4_of, {"quant_method": "fp8"}),
+}
+
+
+def reencode(quantized: Path, folder: Path, scheme: str) -> Path:
+    """An output of ours in `scheme`, as another program stores the same codes and scales. In one shard."""
+    encode, said = REENCODED[scheme]
+    tensors = {name: tensor for path in sorted(quantized.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    for module in [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]:
+        roles = [name.rpartition(".")[2] for name in tensors if name.rpartition(".")[0] == module]
+        parts = {role: tensors.pop(f"{module}.{role}") for role in roles}
+        tensors |= {f"{module}.{role}": tensor for role, tensor in encode(parts).items()}
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((quantized / "config.json").read_text()) | {"quantization_config": said}
+    (folder / "config.json").write_text(json.dumps(config))
+    for path in quantized.glob("tokenizer*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
