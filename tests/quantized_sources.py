@@ -6,6 +6,7 @@ AutoGPTQ as in the docstrings of `streamquant.inputs`.
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -191,17 +192,30 @@ def awq_of(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"qweight": awq_words(code_NK.T), "qzeros": awq_words(zero_NG.T), "scales": scale_NG.T.contiguous()}
 
 
-def gptq_of(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """AutoGPTQ's tensors of symmetric int4."""
+def gptq_of(parts: Mapping[str, Tensor], *, desc_act: bool = False) -> dict[str, Tensor]:
+    """AutoGPTQ's tensors of symmetric int4; `desc_act`: of a matrix whose columns were `in_order_of_activations`."""
     scale_NG, shape = parts["weight_scale"], torch.Size(parts["weight_shape"].tolist())
     code_NK = unpack_from_int32(parts["weight_packed"], 4, shape).numpy().astype(np.int64) + 8
     group_of = np.arange(shape[1], dtype=np.int32) // (shape[1] // scale_NG.shape[1])
+    if desc_act:
+        place = np.argsort(activation_order(shape[1]))
+        code_NK, group_of = code_NK[:, place], group_of[place]
     return {
         "qweight": bit_stream(code_NK, 4).T.contiguous(),
         "qzeros": bit_stream(np.full(scale_NG.T.shape, 7), 4),
         "scales": scale_NG.T.contiguous(),
         "g_idx": torch.from_numpy(group_of),
     }
+
+
+def activation_order(num_columns: int) -> NDArray[np.int64]:
+    """The columns in an order as GPTQ would find it: some permutation."""
+    return generator(num_columns).permutation(num_columns)
+
+
+def in_order_of_activations(weight_NK: Tensor) -> Tensor:
+    """The columns as they are when GPTQ forms groups of them."""
+    return weight_NK[:, torch.from_numpy(activation_order(weight_NK.shape[1]))]
 
 
 def modelopt_of(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -220,18 +234,31 @@ def deepseek_v4_of(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"weight": parts["weight_packed"].view(torch.int8), "scale": parts["weight_scale"].view(torch.float8_e8m0fnu)}
 
 
-# Scheme that stores the codes -> how the other program does, and its quantization_config.
-REENCODED: dict[str, tuple[Callable[[Mapping[str, Tensor]], dict[str, Tensor]], dict[str, Any]]] = {
-    "W4A16_ASYM": (awq_of, {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}),
-    "W4A16": (gptq_of, {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False, "lm_head": False}),
-    "NVFP4A16": (modelopt_of, {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head"]}),
-    "MXFP4A16": (deepseek_v4_of, {"quant_method": "fp8"}),
+class Program(NamedTuple):
+    """Another program, or what it calls its format."""
+
+    scheme: str  # of ours, that has the same codes and scales
+    encode: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    quantization: dict[str, Any]
+
+
+GPTQ_INT4 = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False, "lm_head": False}
+PROGRAMS = {
+    "AutoAWQ": Program("W4A16_ASYM", awq_of, {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}),
+    "GPTQ": Program("W4A16", gptq_of, GPTQ_INT4),
+    "GPTQ with desc_act": Program("W4A16", partial(gptq_of, desc_act=True), GPTQ_INT4 | {"desc_act": True}),
+    "ModelOpt NVFP4": Program(
+        "NVFP4A16",
+        modelopt_of,
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head"]},
+    ),
+    "DeepSeek-V4 MXFP4": Program("MXFP4A16", deepseek_v4_of, {"quant_method": "fp8"}),
 }
 
 
-def reencode(quantized: Path, folder: Path, scheme: str) -> Path:
-    """An output of ours in `scheme`, as another program stores the same codes and scales. In one shard."""
-    encode, said = REENCODED[scheme]
+def reencode(quantized: Path, folder: Path, program: str) -> Path:
+    """An output of ours, as another program stores the same codes and scales. In one shard."""
+    _, encode, said = PROGRAMS[program]
     tensors = {name: tensor for path in sorted(quantized.glob("*.safetensors")) for name, tensor in load_file(path).items()}
     for module in [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]:
         roles = [name.rpartition(".")[2] for name in tensors if name.rpartition(".")[0] == module]

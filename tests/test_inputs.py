@@ -301,10 +301,11 @@ def test_converters_of_compressed_tensors_write_the_same_bytes(tmp_path: Path, c
         assert torch.equal(bits(written[name]), bits(tensor.view(1) if name.endswith("global_scale") else tensor)), name
 
 
-@pytest.mark.parametrize("scheme", sources.REENCODED)
-def test_a_model_stored_by_another_program_becomes_the_output_of_the_same_codes(tmp_path: Path, scheme: str) -> None:
+@pytest.mark.parametrize("program", [program for program in sources.PROGRAMS if "desc_act" not in program])
+def test_a_model_stored_by_another_program_becomes_the_output_of_the_same_codes(tmp_path: Path, program: str) -> None:
+    scheme = sources.PROGRAMS[program].scheme
     streamquant.convert(WIKI_LLAMA, tmp_path / "ours", scheme=scheme)
-    source = sources.reencode(tmp_path / "ours", tmp_path / "theirs", scheme)
+    source = sources.reencode(tmp_path / "ours", tmp_path / "theirs", program)
     assert all(step.keeps_codes for step in streamquant.plan(source, scheme=scheme).steps if isinstance(step, Encode))
     streamquant.convert(source, tmp_path / "out", scheme=scheme)
     ours, again = read_tensors(tmp_path / "ours"), read_tensors(tmp_path / "out")
