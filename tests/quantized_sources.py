@@ -100,6 +100,17 @@ def deepseek_v4_mxfp4(rows: int, columns: int, *, seed: int = 0) -> Stored:
     return Stored({"weight": packed.view(torch.int8), "scale": exponent.view(torch.float8_e8m0fnu)}, values)
 
 
+def gpt_oss_mxfp4(plain: Mapping[str, Tensor], *, exponents: tuple[int, int] = (110, 127)) -> dict[str, Tensor]:
+    """The tensors of a gpt-oss with random blocks for its plain stacks."""
+    tensors = dict(plain)
+    for seed, name in enumerate(name for name in plain if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))):
+        num_experts, columns, rows = tensors.pop(name).shape
+        packed, exponent, _ = mxfp4(num_experts * rows, columns, seed=seed, exponents=exponents)
+        tensors[f"{name}_blocks"] = packed.view(num_experts, rows, columns // 32, 16)
+        tensors[f"{name}_scales"] = exponent.view(num_experts, rows, columns // 32)
+    return tensors
+
+
 def modelopt_nvfp4(rows: int, columns: int, *, seed: int = 0, scale_2: float | None = None) -> Stored:
     rng = generator(seed)
     code = rng.integers(0, 16, (rows, columns), dtype=np.uint8)

@@ -324,15 +324,13 @@ def assert_same_model(theirs: PreTrainedModel, ours: PreTrainedModel) -> None:
 def test_gpt_oss_in_mxfp4_is_unpacked_to_the_model_that_transformers_unpacks(tmp_path):
     config = AutoConfig.for_model("gpt_oss", **SIZES, num_local_experts=NUM_EXPERTS)
     random_weights(AutoModelForCausalLM.from_config(config)).save_pretrained(tmp_path / "plain")
-    tensors, stacks = read_tensors(tmp_path / "plain"), {}
-    for leaf, seed in (("gate_up_proj", 1), ("down_proj", 2)):
-        name = f"model.layers.0.mlp.experts.{leaf}"
-        num_experts, columns, rows = tensors.pop(name).shape
-        # Exponents that keep this model's logits finite in bfloat16; the others are below.
-        packed, exponents, _ = sources.mxfp4(num_experts * rows, columns, seed=seed, exponents=(110, 127))
-        tensors[f"{name}_blocks"] = packed.view(num_experts, rows, columns // 32, 16)
-        tensors[f"{name}_scales"] = exponents.view(num_experts, rows, columns // 32)
-        stacks[name] = convert_moe_packed_tensors(tensors[f"{name}_blocks"], tensors[f"{name}_scales"])
+    tensors = sources.gpt_oss_mxfp4(read_tensors(tmp_path / "plain"))
+    stacks = {
+        name.removesuffix("_blocks"): convert_moe_packed_tensors(blocks, tensors[name.replace("_blocks", "_scales")])
+        for name, blocks in tensors.items()
+        if name.endswith("_blocks")
+    }
+    assert len(stacks) == 2
     stated = json.loads((tmp_path / "plain" / "config.json").read_text()) | sources.quantization_config("mxfp4")
     source = write_checkpoint(tmp_path / "source", tensors, config=stated)
     convert(source, tmp_path, {"scheme": "BF16"})

@@ -28,7 +28,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Mxfp4Config
 
 import streamquant
 from streamquant.schemes import SCHEMES
@@ -321,6 +321,92 @@ def test_vllm_loads_every_byte_and_has_the_perplexity_of_our_dequantized_weights
 def test_blocks_and_groups_that_do_not_divide_the_experts_are_refused_while_planning(preset):
     with pytest.raises(streamquant.RequestError, match=f"has 192 columns; {preset} needs a multiple of .*128"):
         streamquant.plan(str(MOE_MODEL), scheme=preset)
+
+
+# --- stacks of other layouts, in random models -------------------------------------------------------------------------
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 256, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 64, "num_local_experts": 4, "pad_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+LLAMA4 = {"intermediate_size_mlp": 128, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1}
+PROMPT = [(7 * index + 5) % SIZES["vocab_size"] for index in range(16)]  # as in vllm_check.py
+SMALL_SHORTFALL = 0.3  # what bfloat16 may do in models this rough
+GENERATED = {
+    "gpt-oss in MXFP4 to BF16": {"scheme": "BF16"},
+    "Llama 4 to NVFP4A16": {"scheme": "NVFP4A16"},
+    "Llama 4 to W4A16": {"scheme": "W4A16", "group_size": 64},
+}
+
+
+def random_model(folder: Path, model_type: str, **settings: Any) -> Path:
+    """Saved by transformers, with experts of such weights that they decide what comes out."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES | settings))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3 if ".experts." in name else 0.05, generator=generator)
+    model.bfloat16().save_pretrained(folder)
+    return folder
+
+
+def stacked_columns(out: Path, leaves: tuple[str, str, str]) -> dict[str, torch.Tensor]:
+    """Our dequantized weights, with experts in 3-D as Llama 4 has them: the first two leaves beside each other, transposed."""
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in dequantize(out)}
+    for prefix in [name.removesuffix(".0.down_proj.weight") for name in tensors if name.endswith(".experts.0.down_proj.weight")]:
+        first, second, down = (
+            torch.stack([tensors.pop(f"{prefix}.{expert}.{leaf}.weight") for expert in range(SIZES["num_local_experts"])])
+            for leaf in leaves
+        )
+        tensors |= {f"{prefix}.gate_up_proj": torch.cat([first, second], 1).mT, f"{prefix}.down_proj": down.mT}
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def generated(tmp_path_factory) -> dict[str, tuple[dict[str, Any], Path, Path]]:
+    """What vLLM said of each output, its source and itself."""
+    folder = tmp_path_factory.mktemp("random")
+    plain = random_model(folder / "gpt-oss", "gpt_oss", num_experts_per_tok=2)
+    tensors = quantized_sources.gpt_oss_mxfp4(read_tensors(plain), exponents=(121, 124))
+    mxfp4 = write_model(tensors, folder / "mxfp4", like=plain, quantization_config={"quant_method": "mxfp4"})
+    llama4 = random_model(folder / "llama4", "llama4_text", **LLAMA4)
+    sources = {title: mxfp4 if "MXFP4 to" in title else llama4 for title in GENERATED}
+    for title, settings in GENERATED.items():
+        streamquant.convert(sources[title], folder / title, threads=1, device="cpu", **settings)
+    command = [str(VLLM_PYTHON), str(CHECK), *(str(folder / title) for title in GENERATED)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    checks = map(json.loads, done.stdout.splitlines())
+    return {title: (check, sources[title], folder / title) for title, check in zip(GENERATED, checks, strict=True)}
+
+
+def shortfall(folder: Path, tokens: list[int], **settings: Any) -> float:
+    """By how many standard deviations a token falls short, at worst, of the one that the model in transformers prefers."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **settings).eval()
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([PROMPT + tokens]), use_cache=False).logits[0, len(PROMPT) - 1 : -1].float()
+    chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    return float(((logits.amax(1) - chosen) / logits.std(1)).max())
+
+
+@pytest.mark.parametrize("title", GENERATED)
+def test_vllm_generates_what_transformers_prefers_with_the_stacks(title, generated, tmp_path):
+    check, source, out = generated[title]
+    assert check["error"] is None
+    assert (check["ok"], check["mode"], check["warnings"]) == (True, "run", [])
+    if "gpt-oss" in title:  # transformers reads the source itself
+        assert shortfall(source, check["tokens"], quantization_config=Mxfp4Config(dequantize=True)) < SMALL_SHORTFALL
+        tensors = read_tensors(out)
+        swapped = {
+            name: tensor.unflatten(2, (-1, 2)).flip(3).flatten(2) for name, tensor in tensors.items() if name.endswith("gate_up_proj")
+        }
+        wrong = tensors | swapped
+    else:
+        ours = write_model(stacked_columns(out, ("gate_proj", "up_proj", "down_proj")), tmp_path / "ours", like=source)
+        assert shortfall(ours, check["tokens"]) < SMALL_SHORTFALL
+        wrong = stacked_columns(out, ("up_proj", "gate_proj", "down_proj"))
+    # Only if a swap of gate and up shows is anything shown.
+    assert shortfall(write_model(wrong, tmp_path / "swapped", like=out if "gpt-oss" in title else source), check["tokens"]) > 1
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
