@@ -311,6 +311,24 @@ def test_experts_of_a_stack_are_quantized_as_the_matrices_that_transformers_comp
         assert torch.equal(written[key], scheme.decode(scheme.encode_whole(weight), weight.shape[1]) if weight.ndim == 2 else weight), key
 
 
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "FP8_BLOCK", "W4A16", "NVFP4A16"])
+@pytest.mark.parametrize("model_type", ["qwen3_5_moe_text", "qwen3_moe"])
+def test_a_model_that_transformers_saves_with_stacks_becomes_what_it_becomes_without(model_type, scheme, tmp_path):
+    sizes = SIZES | STACKED[model_type] | {"hidden_size": 256, "moe_intermediate_size": 128}
+    model = random_weights(AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)))
+    outputs = []
+    for stacked in (True, False):
+        source = tmp_path / f"{stacked=}"
+        model.save_pretrained(source / "source", save_original_format=not stacked)
+        assert any(tensor.ndim == 3 for name, tensor in read_tensors(source / "source").items() if ".experts." in name) is stacked
+        convert(source / "source", source, {"scheme": f"experts={scheme}"})
+        outputs.append(read_tensors(source / "out"))
+    stacks, singles = outputs
+    assert stacks.keys() == singles.keys()
+    for name, tensor in singles.items():
+        assert torch.equal(stacks[name].view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)), name
+
+
 def assert_same_model(theirs: PreTrainedModel, ours: PreTrainedModel) -> None:
     """Bit for bit."""
     expected, found = theirs.state_dict(), ours.state_dict()
