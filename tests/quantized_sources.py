@@ -4,12 +4,17 @@ Slow and obvious, in numpy, and sharing nothing with the package. Sources: FORMA
 AutoGPTQ as in the docstrings of `streamquant.inputs`.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # column of each nibble of a word
@@ -95,6 +100,17 @@ def deepseek_v4_mxfp4(rows: int, columns: int, *, seed: int = 0) -> Stored:
     return Stored({"weight": packed.view(torch.int8), "scale": exponent.view(torch.float8_e8m0fnu)}, values)
 
 
+def gpt_oss_mxfp4(plain: Mapping[str, Tensor], *, exponents: tuple[int, int] = (110, 127)) -> dict[str, Tensor]:
+    """The tensors of a gpt-oss with random blocks for its plain stacks."""
+    tensors = dict(plain)
+    for seed, name in enumerate(name for name in plain if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))):
+        num_experts, columns, rows = tensors.pop(name).shape
+        packed, exponent, _ = mxfp4(num_experts * rows, columns, seed=seed, exponents=exponents)
+        tensors[f"{name}_blocks"] = packed.view(num_experts, rows, columns // 32, 16)
+        tensors[f"{name}_scales"] = exponent.view(num_experts, rows, columns // 32)
+    return tensors
+
+
 def modelopt_nvfp4(rows: int, columns: int, *, seed: int = 0, scale_2: float | None = None) -> Stored:
     rng = generator(seed)
     code = rng.integers(0, 16, (rows, columns), dtype=np.uint8)
@@ -174,3 +190,95 @@ def fp8_modelopt_blocks(rows: int, columns: int, *, seed: int = 0) -> Stored:
     stored = fp8_block(rows, columns, seed=seed)
     scale = stored.tensors["weight_scale_inv"]
     return stored._replace(tensors={"weight": stored.tensors["weight"], "weight_scale": scale[:, None, :, None].contiguous()})
+
+
+# --- a model in compressed-tensors, as other programs would have stored the same codes ---------------------------------
+
+
+def awq_of(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """AutoAWQ's tensors of asymmetric int4."""
+    scale_NG, shape = parts["weight_scale"], torch.Size(parts["weight_shape"].tolist())
+    code_NK = unpack_from_int32(parts["weight_packed"], 4, shape).numpy().astype(np.int64) + 8
+    zero_NG = unpack_from_int32(parts["weight_zero_point"], 4, scale_NG.shape, packed_dim=0).numpy().astype(np.int64) + 8
+    return {"qweight": awq_words(code_NK.T), "qzeros": awq_words(zero_NG.T), "scales": scale_NG.T.contiguous()}
+
+
+def gptq_of(parts: Mapping[str, Tensor], *, desc_act: bool = False) -> dict[str, Tensor]:
+    """AutoGPTQ's tensors of symmetric int4; `desc_act`: of a matrix whose columns were `in_order_of_activations`."""
+    scale_NG, shape = parts["weight_scale"], torch.Size(parts["weight_shape"].tolist())
+    code_NK = unpack_from_int32(parts["weight_packed"], 4, shape).numpy().astype(np.int64) + 8
+    group_of = np.arange(shape[1], dtype=np.int32) // (shape[1] // scale_NG.shape[1])
+    if desc_act:
+        place = np.argsort(activation_order(shape[1]))
+        code_NK, group_of = code_NK[:, place], group_of[place]
+    return {
+        "qweight": bit_stream(code_NK, 4).T.contiguous(),
+        "qzeros": bit_stream(np.full(scale_NG.T.shape, 7), 4),
+        "scales": scale_NG.T.contiguous(),
+        "g_idx": torch.from_numpy(group_of),
+    }
+
+
+def activation_order(num_columns: int) -> NDArray[np.int64]:
+    """The columns in an order as GPTQ would find it: some permutation."""
+    return generator(num_columns).permutation(num_columns)
+
+
+def in_order_of_activations(weight_NK: Tensor) -> Tensor:
+    """The columns as they are when GPTQ forms groups of them."""
+    return weight_NK[:, torch.from_numpy(activation_order(weight_NK.shape[1]))]
+
+
+def modelopt_of(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """ModelOpt's tensors of NVFP4."""
+    scale_2 = (1 / parts["weight_global_scale"]).view(())
+    return {
+        "weight": parts["weight_packed"],
+        "weight_scale": parts["weight_scale"],
+        "weight_scale_2": scale_2,
+        "input_scale": torch.tensor(0.1),
+    }
+
+
+def deepseek_v4_of(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """DeepSeek-V4's tensors of MXFP4."""
+    return {"weight": parts["weight_packed"].view(torch.int8), "scale": parts["weight_scale"].view(torch.float8_e8m0fnu)}
+
+
+class Program(NamedTuple):
+    """Another program, or what it calls its format."""
+
+    scheme: str  # of ours, that has the same codes and scales
+    encode: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    quantization: dict[str, Any]
+
+
+GPTQ_INT4 = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False, "lm_head": False}
+PROGRAMS = {
+    "AutoAWQ": Program("W4A16_ASYM", awq_of, {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}),
+    "GPTQ": Program("W4A16", gptq_of, GPTQ_INT4),
+    "GPTQ with desc_act": Program("W4A16", partial(gptq_of, desc_act=True), GPTQ_INT4 | {"desc_act": True}),
+    "ModelOpt NVFP4": Program(
+        "NVFP4A16",
+        modelopt_of,
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head"]},
+    ),
+    "DeepSeek-V4 MXFP4": Program("MXFP4A16", deepseek_v4_of, {"quant_method": "fp8"}),
+}
+
+
+def reencode(quantized: Path, folder: Path, program: str) -> Path:
+    """An output of ours, as another program stores the same codes and scales. In one shard."""
+    _, encode, said = PROGRAMS[program]
+    tensors = {name: tensor for path in sorted(quantized.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    for module in [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]:
+        roles = [name.rpartition(".")[2] for name in tensors if name.rpartition(".")[0] == module]
+        parts = {role: tensors.pop(f"{module}.{role}") for role in roles}
+        tensors |= {f"{module}.{role}": tensor for role, tensor in encode(parts).items()}
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((quantized / "config.json").read_text()) | {"quantization_config": said}
+    (folder / "config.json").write_text(json.dumps(config))
+    for path in quantized.glob("tokenizer*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder

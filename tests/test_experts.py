@@ -77,6 +77,18 @@ def test_a_stack_becomes_the_tensors_of_its_single_experts(
     assert len(report.errors) == 4 + 3 * E
 
 
+@pytest.mark.parametrize(
+    ("model_type", "down"),
+    [("mixtral", "model.layers.0.block_sparse_moe.experts.1.w2"), ("lfm2_moe", "model.layers.0.feed_forward.experts.1.w2")],
+)
+def test_families_that_number_their_projections_keep_doing_so(tmp_path: Path, model_type: str, down: str) -> None:
+    plan = streamquant.plan(source(tmp_path / "source", "rows", model_type), scheme="W8A8")
+    modules = [member.module for step in plan.steps if isinstance(step, Encode) for member in step.members]
+    assert {down, down.replace("w2", "w1"), down.replace("w2", "w3")} <= set(modules)
+    fused = [[member.module for member in step.members] for step in plan.steps if isinstance(step, Encode) and len(step.members) > 1]
+    assert [down.replace("w2", "w1"), down.replace("w2", "w3")] in fused
+
+
 def test_granite_and_aria_have_names_of_their_own(tmp_path: Path) -> None:
     gate_up, down = stacked("rows")
     granite = {"model.layers.0.block_sparse_moe.input_linear.weight": gate_up, "model.layers.0.block_sparse_moe.output_linear.weight": down}

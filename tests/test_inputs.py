@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter, FP8BlockDequantizer, ModelOptNvfp4Converter
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from streamquant.plan import Copy, Encode
 from streamquant.schemes import SCHEMES, find_scheme
 from streamquant.verify import dequantize
 from tests import quantized_sources as sources
-from tests.checkpoints import attention, mlp, read_config, read_tensors, weight, write_checkpoint
+from tests.checkpoints import WIKI_LLAMA, attention, mlp, read_config, read_tensors, weight, write_checkpoint
 from tests.quantized_sources import AWQ_CONFIG, FP8_CONFIG, Stored, gptq_config
 
 MODULE = "model.layers.0.self_attn.o_proj"
@@ -264,6 +265,57 @@ def test_nvfp4_takes_every_exponent_that_mxfp4_can_have_under_one_global_scale()
     values = scheme.decode({"weight_packed": packed, "weight_scale": exponent}, 64).bfloat16()
     exact = find_scheme("NVFP4A16").exact_for(scheme)
     assert torch.equal(exact.decode(exact.encode_whole(values), 64).bfloat16(), values)
+
+
+# --- another program's answer -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case", "converter", "settings"),
+    [
+        ("AutoAWQ", AutoAWQConverter(group_size=32), {"scheme": "W4A16_ASYM", "group_size": 32}),
+        ("AutoAWQ without zero points", AutoAWQConverter(group_size=32, zero_point=False), {"scheme": "W4A16", "group_size": 32}),
+        ("ModelOpt NVFP4", ModelOptNvfp4Converter(targets=["re:.*_proj"]), {"scheme": "NVFP4A16"}),
+        ("FP8 blocks", FP8BlockDequantizer(targets=["re:.*_proj"]), {"scheme": "BF16"}),
+        (
+            "FP8 blocks at the edge, as in kv_a_proj of DeepSeek-V3",
+            FP8BlockDequantizer(targets=["re:.*_proj"]),
+            {"scheme": "BF16"},
+        ),
+        (
+            "FP8 blocks of 64",
+            FP8BlockDequantizer(targets=["re:.*_proj"], weight_block_size=(64, 64)),
+            {"scheme": "BF16"},
+        ),
+    ],
+)
+def test_converters_of_compressed_tensors_write_the_same_bytes(tmp_path: Path, case: str, converter: Any, settings: dict[str, Any]) -> None:
+    stored, config = CASES[case]
+    source = write_checkpoint(tmp_path / "source", named(stored) | NORM, config=config)
+    streamquant.convert(source, tmp_path / "out", **settings)
+    written, expected = read_tensors(tmp_path / "out"), converter.process(read_tensors(source))
+    expected.pop(f"{MODULE}.input_global_scale", None)  # of activations, which NVFP4A16 does not quantize
+    assert written.keys() == expected.keys()
+    for name, tensor in expected.items():
+        # Theirs is [] where llm-compressor writes [1], as we do.
+        assert torch.equal(bits(written[name]), bits(tensor.view(1) if name.endswith("global_scale") else tensor)), name
+
+
+@pytest.mark.parametrize("program", [program for program in sources.PROGRAMS if "desc_act" not in program])
+def test_a_model_stored_by_another_program_becomes_the_output_of_the_same_codes(tmp_path: Path, program: str) -> None:
+    scheme = sources.PROGRAMS[program].scheme
+    streamquant.convert(WIKI_LLAMA, tmp_path / "ours", scheme=scheme)
+    source = sources.reencode(tmp_path / "ours", tmp_path / "theirs", program)
+    assert all(step.keeps_codes for step in streamquant.plan(source, scheme=scheme).steps if isinstance(step, Encode))
+    streamquant.convert(source, tmp_path / "out", scheme=scheme)
+    ours, again = read_tensors(tmp_path / "ours"), read_tensors(tmp_path / "out")
+    assert ours.keys() == again.keys()
+    for name, tensor in ours.items():
+        if name.endswith("weight_global_scale"):  # stored as its reciprocal by ModelOpt
+            assert torch.allclose(again[name], tensor, rtol=2e-7, atol=0)
+        else:
+            assert torch.equal(bits(again[name]), bits(tensor)), name
+    assert read_config(tmp_path / "ours") == read_config(tmp_path / "out")
 
 
 # --- beside the weights ------------------------------------------------------------------------------------------------

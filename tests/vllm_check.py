@@ -229,7 +229,8 @@ def make_loader():
             ignored = sorted(n for n in w.seen if n not in w.used and w.seen[n].numel())
             partly = sorted(n for n in w.used if n in w.seen and w.used[n] < w.seen[n].numel())
             tied = [n for n in ignored if n in ("lm_head.weight", "model.embed_tokens.weight")]
-            hard = [n for n in ignored if n not in tied and not re.search(r"rotary_emb|weight_shape$", n)]
+            # GPTQ: vLLM refuses desc_act, without which g_idx says nothing
+            hard = [n for n in ignored if n not in tied and not re.search(r"rotary_emb|weight_shape$|\.g_idx$", n)]
             if hard:
                 errors.append(f"{len(hard)} checkpoint tensors ignored: " + ", ".join(hard[:6]))
             if partly:
@@ -261,6 +262,7 @@ def describe_and_emulate(model, do):
     Returns the kinds of layers that cannot run."""
     import numpy as np, torch
     from torch.nn import Parameter
+    from vllm.model_executor.kernels.linear import MPLinearKernel
     from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.quantization.utils.fp8_utils import _upcast_e8m0_to_fp32
@@ -382,6 +384,8 @@ def describe_and_emulate(model, do):
             m.scheme = None
             swap(m, {"weight": w}, UnquantizedLinearMethod(), dtype)
             note("emulated", f"{kind}: dequantised weights, activations not quantised")
+        elif isinstance(getattr(getattr(m, "quant_method", None), "kernel", None), MPLinearKernel):     # AutoAWQ, GPTQ
+            note("kernels", f"linear {type(m.quant_method).__name__}: {type(m.quant_method.kernel).__name__}")
         elif type(getattr(m, "quant_method", None)).__name__ == "Fp8LinearMethod":      # native block FP8
             k, kind = m.quant_method.fp8_linear, "linear Fp8LinearMethod"
             if not isinstance(k, Stub):

@@ -39,9 +39,14 @@ MODEL_LAYOUTS: dict[str, tuple[str, ...]] = {
         ("rows",),
     ),
 }  # fmt: skip
-GATE_UP = ("gate_proj", "up_proj")
-# vLLM splits what it finds under these names once more; it loads aria's halves under the name of both.
-UNSPLIT = {"aria", "aria_text"}
+# Names of gate, up and down in other families, and of what holds the experts. vLLM halves once more what it finds as gate_proj in
+# aria, and loads the halves under the name of both.
+OTHER_NAMES: dict[str, tuple[tuple[str, ...], str, str | None]] = {
+    **dict.fromkeys(("mixtral", "phimoe", "minimax", "minimax_m2"), (("w1", "w3"), "w2", "block_sparse_moe")),
+    "lfm2_moe": (("w1", "w3"), "w2", "feed_forward"),
+    **dict.fromkeys(("aria", "aria_text"), (("gate_up_proj",), "down_proj", "mlp")),
+}
+USUAL_NAMES: tuple[tuple[str, ...], str, str | None] = (("gate_proj", "up_proj"), "down_proj", None)
 
 _EXPERTS = re.compile(r"((?:.*\.)?experts)\.(gate_up_proj|down_proj|fc1|fc2)(?:\.weight)?(_blocks|_scales|_bias|_scale_inv|)")
 _LINEARS = re.compile(r"((?:.*\.)?(?:block_sparse_moe|moe|mlp))\.(input_linear|output_linear)\.weight()")
@@ -144,9 +149,9 @@ def _stack(stack: _Found, layout: str | None, hints: Hints) -> Stack:
         rows, columns = columns, rows
     if bias is not None and (bias.shape != (num_experts, rows) or bias.dtype not in {"BF16", "F16", "F32"}):
         raise CheckpointError(f"{bias.name} is {bias.dtype} {list(bias.shape)}; the bias of {main.name} has shape {[num_experts, rows]}")
-    leaves: tuple[str, ...] = ("down_proj",)
-    if stack.leaf not in _DOWN:
-        leaves = ("gate_up_proj",) if not UNSPLIT.isdisjoint(hints.model_types) else GATE_UP
+    gate_up, down, owner = next((OTHER_NAMES[t] for t in hints.model_types if t in OTHER_NAMES), USUAL_NAMES)
+    leaves = (down,) if stack.leaf in _DOWN else gate_up
+    prefix = stack.prefix if owner is None else re.sub(r"[^.]*\.experts$", f"{owner}.experts", stack.prefix)
     if rows % len(leaves):
         raise CheckpointError(f"{main.name}: {rows} rows are no pair of gate and up")
     size, step = rows // len(leaves), len(leaves) if layout == "interleaved" else 1
@@ -156,7 +161,7 @@ def _stack(stack: _Found, layout: str | None, hints: Hints) -> Stack:
     for expert in range(num_experts):
         for number, leaf in enumerate(leaves):
             place = Place(expert, number if step > 1 else number * size, step)
-            module = f"{stack.prefix}.{expert}.{leaf}"
+            module = f"{prefix}.{expert}.{leaf}"
             weights.append(Weight(f"{module}.weight", dtype, (size, columns), tensors, form, place))
             if bias is not None:
                 biases.append(Weight(f"{module}.bias", bias.dtype, (size, 1), {"weight": bias}, DENSE, place))
@@ -165,7 +170,7 @@ def _stack(stack: _Found, layout: str | None, hints: Hints) -> Stack:
         if isinstance(form, Dense)
         else [_whole(stack.name, expert, dtype, (rows, columns), tensors, form) for expert in range(num_experts)]
     )
-    return Stack(stack.name, stack.prefix, tuple(weights), tuple(biases), everything, tuple(whole), "")
+    return Stack(stack.name, prefix, tuple(weights), tuple(biases), everything, tuple(whole), "")
 
 
 def _format(stack: _Found, layout: str, hints: Hints) -> tuple[InputFormat, str]:
