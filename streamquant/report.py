@@ -69,7 +69,9 @@ def summary_lines(plan: Plan) -> list[str]:
     schemes = ", ".join(dict.fromkeys(step.scheme.title for step in stored))
     fused = sum(1 for step in stored if len(step.members) > 1)
     ratio = plan.output_bytes / max(plan.source_bytes, 1)
-    lines = [f"quantized   {sum(len(step.members) for step in stored)} weights to {schemes or 'nothing'}; {fused} fused groups"]
+    lines = []
+    if stored:
+        lines.append(f"quantized   {sum(len(step.members) for step in stored)} weights to {schemes}; {fused} fused groups")
     as_stored = [member.weight.name for step in stored if step.keeps_codes for member in step.members]
     if as_stored:
         lines.append(f"as stored   {len(as_stored)} of them, whose codes and scales the source has: {_examples(as_stored)}")

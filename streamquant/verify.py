@@ -90,7 +90,7 @@ def verify(
             return report
         with LocalSource(against) as original:
             originals = find_weights(read_checkpoint(original), original, expert_layout=expert_layout)
-            return _compare(report, inventory, source, originals, original, on_progress)
+            return _compare(report, inventory, source, originals, original, scheme_of, on_progress)
 
 
 def _nothing(module: str) -> Scheme | None:
@@ -214,6 +214,7 @@ def _compare(
     source: Source,
     originals: Inventory,
     original: Source,
+    scheme_of: Callable[[str], Scheme | None],
     on_progress: Callable[[str], None] | None,
 ) -> Verification:
     plain_stacks = _plain_stacks(inventory) & _plain_stacks(originals)
@@ -232,7 +233,8 @@ def _compare(
         elif ours.shape != theirs.shape:
             problems.append(f"{name} has shape {list(ours.shape)}, its source {list(theirs.shape)}")
         else:
-            error = _weight_error(ours, source, theirs, original)
+            scheme = scheme_of(ours.module)
+            error = _weight_error(ours, source, theirs, original, scheme=ours.format.title if scheme is None else scheme.preset)
             errors.append(error)
             if not error.relative_error < WORSE_THAN_ZEROS:
                 problems.append(f"{name} dequantizes with a relative error of {error.relative_error:.3g}: zeros would be closer")
@@ -264,16 +266,18 @@ def _column(spec: TensorSpec) -> Weight:
     return Weight(spec.name, spec.dtype, (spec.num_elements, 1), {"weight": spec})
 
 
-def _weight_error(ours: Weight, source: Source, original: Weight, original_source: Source) -> TensorError:
+def _weight_error(ours: Weight, source: Source, original: Weight, original_source: Source, *, scheme: str) -> TensorError:
+    both_codes = ours.is_quantized and original.is_quantized  # those that were kept have the same values before any rounding
     noise = signal = 0.0
     for start, end in _blocks(ours, original):
-        original_NK = original.decode(original.read(original_source, start, end)).double()
+        stored = original.read(original_source, start, end)
+        original_NK = (original.format.decode(stored, original.shape[1]) if both_codes else original.decode(stored)).double()
         difference_NK = ours.format.decode(ours.read(source, start, end), ours.shape[1]).double() - original_NK
         noise += float(difference_NK.square().sum())
         signal += float(original_NK.square().sum())
     relative = math.sqrt(noise / signal) if signal else math.inf if noise else 0.0
     sqnr = -20 * math.log10(relative) if 0 < relative < math.inf else None
-    return TensorError(ours.name, ours.format.title, relative, sqnr)
+    return TensorError(ours.name, scheme, relative, sqnr)
 
 
 def _blocks(*weights: Weight) -> Iterator[tuple[int, int]]:
