@@ -357,6 +357,8 @@ def changed(stored: Stored, **tensors: Tensor | None) -> Stored:
         (changed(sources.gptq(64, 64), g_idx=torch.zeros(3, dtype=torch.int32)), gptq_config(), "do not make up a weight of GPTQ"),
         (changed(sources.modelopt_nvfp4(64, 64), weight_scale=None), {}, "looks like ModelOpt's NVFP4, but has no weight_scale"),
         (changed(sources.fp8_rows(64, 64), weight=None), {}, "weight_scale BF16 .* do not make up a weight of a kind that is read"),
+        (changed(sources.gptq(64, 64), scales=torch.zeros(0, 64).half()), gptq_config(), "qweight I32 .* do not make up a weight"),
+        (changed(sources.fp8_rows(64, 64), weight=torch.zeros(64, 0).to(torch.float8_e4m3fn)), {}, "weight_scale BF16 .* do not make up"),
         (
             Stored(
                 {

@@ -160,15 +160,18 @@ def _roles(item: Item) -> list[str]:
 
 
 def _stored_modules(checkpoint: Checkpoint) -> dict[str, dict[str, TensorSpec]]:
-    """The tensors, by module and last part of the name, of every module that has one which a quantized weight may have."""
+    """The tensors, by module and last part of the name, of every module that has one which a quantized weight may have.
+
+    Without those that hold nothing, which are part of no weight.
+    """
     modules: defaultdict[str, dict[str, TensorSpec]] = defaultdict(dict)
     for name, spec in checkpoint.tensors.items():
         module, _, role = name.rpartition(".")
-        if role in STORED_ROLES or role in ACTIVATION_ROLES or role in ALSO_STORED:
+        if spec.num_elements and (role in STORED_ROLES or role in ACTIVATION_ROLES or role in ALSO_STORED):
             modules[module][role] = spec
     for module, tensors in modules.items():
         weight = checkpoint.tensors.get(module + WEIGHT_SUFFIX)
-        if weight is not None:
+        if weight is not None and weight.num_elements:
             tensors["weight"] = weight
     return modules
 
