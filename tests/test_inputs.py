@@ -357,6 +357,13 @@ def changed(stored: Stored, **tensors: Tensor | None) -> Stored:
         (changed(sources.gptq(64, 64), g_idx=torch.zeros(3, dtype=torch.int32)), gptq_config(), "do not make up a weight of GPTQ"),
         (changed(sources.modelopt_nvfp4(64, 64), weight_scale=None), {}, "looks like ModelOpt's NVFP4, but has no weight_scale"),
         (changed(sources.fp8_rows(64, 64), weight=None), {}, "weight_scale BF16 .* do not make up a weight of a kind that is read"),
+        (changed(sources.modelopt_nvfp4(64, 64), weight=torch.tensor(1, dtype=torch.uint8)), {}, r"has shape \[\]; a matrix was expected"),
+        (
+            changed(sources.modelopt_nvfp4(64, 64), weight=torch.ones(64, 36, dtype=torch.uint8)),
+            {},
+            "has no weight_scale .* for 16 columns",
+        ),
+        (changed(sources.modelopt_nvfp4(64, 64), weight_scale_2=torch.ones(4)), {}, r"F32 \[4\]; that of ModelOpt's NVFP4 is one F32"),
         (changed(sources.gptq(64, 64), scales=torch.zeros(0, 64).half()), gptq_config(), "qweight I32 .* do not make up a weight"),
         (changed(sources.fp8_rows(64, 64), weight=torch.zeros(64, 0).to(torch.float8_e4m3fn)), {}, "weight_scale BF16 .* do not make up"),
         (
