@@ -268,7 +268,7 @@ def _weight_error(ours: Weight, source: Source, original: Weight, original_sourc
     noise = signal = 0.0
     for start, end in _blocks(ours, original):
         original_NK = original.decode(original.read(original_source, start, end)).double()
-        difference_NK = ours.format.decode(ours.read(source, start, end), ours.shape[1]).double() - original_NK
+        difference_NK = ours.values(ours.read(source, start, end)).double() - original_NK
         noise += float(difference_NK.square().sum())
         signal += float(original_NK.square().sum())
     relative = math.sqrt(noise / signal) if signal else math.inf if noise else 0.0
@@ -316,4 +316,4 @@ def dequantize(out: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
 
 def _decode(weight: Weight, source: Source) -> Tensor:
     """All of a weight, float32 if it is quantized."""
-    return torch.cat([weight.format.decode(weight.read(source, *rows), weight.shape[1]) for rows in _blocks(weight)])
+    return torch.cat([weight.values(weight.read(source, *rows)) for rows in _blocks(weight)])

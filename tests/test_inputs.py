@@ -357,6 +357,9 @@ def changed(stored: Stored, **tensors: Tensor | None) -> Stored:
         (changed(sources.gptq(64, 64), g_idx=torch.zeros(3, dtype=torch.int32)), gptq_config(), "do not make up a weight of GPTQ"),
         (changed(sources.modelopt_nvfp4(64, 64), weight_scale=None), {}, "looks like ModelOpt's NVFP4, but has no weight_scale"),
         (changed(sources.fp8_rows(64, 64), weight=None), {}, "weight_scale BF16 .* do not make up a weight of a kind that is read"),
+        (sources.gptq(64, 64), gptq_config(checkpoint_format=["gptq"]), "checkpoint_format gptq or gptq_v2, and has gptq, "),
+        (changed(sources.gptq(64, 64), qweight=torch.ones(8, 64)), gptq_config(), "do not make up a weight of GPTQ"),
+        (changed(sources.gptq(64, 64), g_idx=torch.zeros(64)), gptq_config(), "do not make up a weight of GPTQ"),
         (changed(sources.modelopt_nvfp4(64, 64), weight=torch.tensor(1, dtype=torch.uint8)), {}, r"has shape \[\]; a matrix was expected"),
         (
             changed(sources.modelopt_nvfp4(64, 64), weight=torch.ones(64, 36, dtype=torch.uint8)),
@@ -393,6 +396,11 @@ def test_parts_that_do_not_fit_are_named(tmp_path: Path, stored: Stored, config:
             sources.gptq(64, 64, order=True),
             gptq_config(),
             "o_proj.weight: g_idx scatters the columns of groups, though .*desc_act is false",
+        ),
+        (
+            changed(sources.gptq(64, 64), g_idx=torch.full((64,), -1, dtype=torch.int32)),
+            gptq_config(desc_act=True),
+            "o_proj.weight: the group of a column is -1 to -1; there are 2 groups",
         ),
         (sources.gptq(64, 64, sym=False), gptq_config(), "qzeros are not all in the middle, though config.json says sym is true"),
     ],
