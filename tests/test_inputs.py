@@ -413,6 +413,58 @@ def test_a_config_that_the_tensors_contradict_is_found_while_reading(
         streamquant.convert(source, tmp_path / "out", scheme="W4A16", group_size=32)
 
 
+INT = torch.int32
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts", "said"),
+    [
+        (
+            {"group_size": 32},
+            {"weight_g_idx": torch.zeros(128)},
+            r"weight_g_idx is F32 \[128\]; the groups of packed integers are I32 \[128\]",
+        ),
+        ({"group_size": 32}, {"weight_g_idx": torch.full((128,), 4, dtype=INT)}, "the group of a column is 4 to 4; there are 4 groups"),
+        ({"group_size": 32}, {"weight_scale": torch.ones(128, 4, dtype=INT)}, "weight_scale is I32; scales of packed integers are BF16"),
+        ({"group_size": 32}, {"weight_scale": weight(128, 5)}, "has 16 words a row; 160 columns of 4 bits take 20"),
+        ({"strategy": "channel"}, {"weight_shape": torch.tensor([128, -1])}, "has 16 words a row; -1 columns of 4 bits take 0"),
+        ({"strategy": "channel"}, {"weight_shape": torch.tensor([128, 2**62])}, "has 16 words a row; 4611686018427387904 columns"),
+        ({"strategy": "channel"}, {"weight_shape": torch.tensor([64, 128])}, r"weight_shape says \[64, 128\]"),
+    ],
+)
+def test_parts_of_packed_integers_that_do_not_fit_are_named(
+    tmp_path: Path, settings: dict[str, Any], parts: dict[str, Tensor], said: str
+) -> None:
+    plain = write_checkpoint(tmp_path / "plain", {f"{MODULE}.weight": weight(128, 128)} | NORM)
+    streamquant.convert(plain, tmp_path / "packed", scheme="W4A16", **settings)
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    tensors = read_tensors(tmp_path / "packed") | {f"{MODULE}.{role}": tensor for role, tensor in parts.items()}
+    source = write_checkpoint(tmp_path / "source", tensors, config=config)
+    with pytest.raises(CheckpointError, match=said):
+        streamquant.convert(source, tmp_path / "out", scheme="BF16")
+
+
+@pytest.mark.parametrize("unset", [True, False])
+def test_groups_of_packed_integers_may_be_given_by_column(tmp_path: Path, unset: bool) -> None:
+    plain = write_checkpoint(tmp_path / "plain", {f"{MODULE}.weight": weight(128, 128)} | NORM)
+    streamquant.convert(plain, tmp_path / "packed", scheme="W4A16_ASYM", group_size=32)
+    index = torch.full((128,), -1, dtype=INT) if unset else torch.arange(128, dtype=INT) // 32
+    tensors = read_tensors(tmp_path / "packed") | {f"{MODULE}.weight_g_idx": index}
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    source = write_checkpoint(tmp_path / "source", tensors, config=config)
+    values = [dict(dequantize(folder))[f"{MODULE}.weight"] for folder in (source, tmp_path / "packed")]
+    assert torch.equal(*values)
+
+
+@pytest.mark.parametrize("shapes", [([128], [128]), ([128, 3], [128, 3]), ([128, 4], [128, 2]), ([128, 1, 1], [128, 1, 1])])
+def test_zero_points_of_int8_that_do_not_fit_are_named(tmp_path: Path, shapes: tuple[list[int], list[int]]) -> None:
+    scale, zeros = torch.ones(shapes[0]), torch.zeros(shapes[1], dtype=torch.int8)
+    parts = {"weight": torch.ones(128, 128, dtype=torch.int8), "weight_scale": scale, "weight_zero_point": zeros}
+    source = write_checkpoint(tmp_path / "source", {f"{MODULE}.{role}": tensor for role, tensor in parts.items()} | NORM)
+    with pytest.raises(CheckpointError, match=r"zero points of int8 and their scales are|does not fit int8 codes"):
+        streamquant.plan(source, scheme="BF16")
+
+
 def test_rotated_weights_are_refused(tmp_path: Path) -> None:
     streamquant.convert(write_checkpoint(tmp_path / "plain", attention()), tmp_path / "source", scheme="W4A16")
     path = tmp_path / "source" / "config.json"

@@ -186,7 +186,7 @@ def _hints(config: Mapping[str, Any] | None, stated: Mapping[str, Any], source: 
         quantization=stated,
         block=_block(stated),
         scheme_of=_reader(stated),
-        columns_of=partial(_second_number, source),
+        shape_of=partial(_read_shape, source),
         model_types=tuple(owner["model_type"] for owner in owners if isinstance(owner.get("model_type"), str)),
         expert_layout=expert_layout,
     )
@@ -218,7 +218,8 @@ def _reader(stated: Mapping[str, Any]) -> Callable[[str], Scheme | None]:
     return refuse
 
 
-def _second_number(source: Source, spec: TensorSpec) -> int:
+def _read_shape(source: Source, spec: TensorSpec) -> tuple[int, int]:
     if (spec.dtype, spec.shape) != ("I64", (2,)):
         raise CheckpointError(f"{spec.name} is {spec.dtype} {list(spec.shape)}; a shape is I64 [2]")
-    return int(read_tensor(source, spec)[1])
+    rows, columns = read_tensor(source, spec).tolist()
+    return rows, columns

@@ -272,7 +272,7 @@ class Hints:
     quantization: Mapping[str, Any]  # quantization_config, or nothing
     block: tuple[int, int]  # of FP8 in blocks
     scheme_of: Callable[[str], Scheme | None]  # of a module, by compressed-tensors
-    columns_of: Callable[[TensorSpec], int]  # the second number in a `weight_shape`
+    shape_of: Callable[[TensorSpec], tuple[int, int]]  # what a `weight_shape` says
     model_types: tuple[str, ...]  # of the model, then of its language model
     expert_layout: str | None  # said by the user
 
