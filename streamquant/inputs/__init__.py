@@ -4,7 +4,7 @@
 FINDERS.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -111,8 +111,8 @@ def find_weights(checkpoint: Checkpoint, source: Source, *, expert_layout: str |
         module, _, role = name.rpartition(".")
         if name in item_of:
             item = item_of[name]
-            if item is not None:
-                items.setdefault(item.name, item)
+            if item is not None and items.setdefault(item.name, item) is not item:
+                problems.append(_twice(item.name))
         elif role in ACTIVATION_ROLES and module in quantized:
             dropped[name] = "static scale of activations"
         elif role in CACHE_ROLES and cache_scheme is None:
@@ -122,11 +122,14 @@ def find_weights(checkpoint: Checkpoint, source: Source, *, expert_layout: str |
         elif role in OTHER_TOOLS:
             problems.append(f"{name}: quantized by {OTHER_TOOLS[role]}, which is not read; read are {READ}")
         elif name in items:
-            problems.append(f"{module} is stored both as weight and as {', '.join(sorted(_roles(items[name])))}")
+            problems.append(_twice(name))
         elif name.endswith(WEIGHT_SUFFIX) and len(spec.shape) == 2:
             items[name] = Weight(name, spec.dtype, (spec.shape[0], spec.shape[1]), {"weight": spec})
         else:
             items[name] = spec
+    names = [name for item in items.values() for name in _names(item)]
+    if len(names) > len(set(names)):
+        problems.append(_twice(Counter(names).most_common(1)[0][0]))
     for module, parts in stray.items():
         problems.append(f"{module}: {', '.join(sorted(parts))} do not make up a weight of a kind that is read: {READ}")
     rotations = stated.get("transform_config")
@@ -155,8 +158,12 @@ def _stored_together(checkpoint: Checkpoint, hints: Hints, problems: list[str]) 
     return item_of
 
 
-def _roles(item: Item) -> list[str]:
-    return list(item.tensors) if isinstance(item, Weight) else [item.name]
+def _names(item: Item) -> list[str]:
+    return [part.name for part in (*item.weights, *item.biases)] if isinstance(item, Stack) else [item.name]
+
+
+def _twice(name: str) -> str:
+    return f"{name} is stored twice: plain and quantized, or by itself and in a stack of experts"
 
 
 def _stored_modules(checkpoint: Checkpoint) -> dict[str, dict[str, TensorSpec]]:
