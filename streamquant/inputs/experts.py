@@ -105,7 +105,7 @@ def find_stacks(tensors: Iterable[TensorSpec], hints: Hints) -> list[Stack]:
     if num_experts > FEW_EXPERTS + num_bytes // EXPERT_BYTES:
         raise CheckpointError(f"{_main(stacks[0]).name} and others stack {num_experts} experts in {num_bytes} bytes, too few for matrices")
     layouts = {stack.prefix: _layout(stack.prefix, stacks, hints) for stack in stacks}
-    problems = {stack.prefix: problem for stack in stacks if (problem := _problem(stack, layouts[stack.prefix], hints))}
+    problems = {stack.prefix: problem for stack in stacks if (problem := _no_values(stack))}  # of all stacks of a layer, or of none
     return [_stack(stack, layouts[stack.prefix], problems.get(stack.prefix, ""), hints) for stack in stacks] + unknown
 
 
@@ -128,15 +128,13 @@ def _check(stack: _Found) -> None:
         raise CheckpointError(f"{spec.name} has shape {list(spec.shape)}; a stack of experts has {_DIMENSIONS[main]} dimensions, none of 0")
 
 
-def _problem(stack: _Found, layout: str | None, hints: Hints) -> str:
-    """Why the experts of the layer cannot be taken apart."""
+def _no_values(stack: _Found) -> str:
+    """Why the stack cannot be taken apart, if it holds codes that mean nothing by themselves."""
     main = _main(stack)
-    if layout is None:
-        return _unknown(main, hints)
-    if stack.tensors.keys() <= {"weight", "bias"} and main.dtype not in DENSE_DTYPES:
-        way_out = f"to leave the experts as they are: --ignore '{stack.prefix}'"
-        return f"{main.name} is {main.dtype} without scales; only {', '.join(DENSE_DTYPES)} can be quantized ({way_out})"
-    return ""
+    if not stack.tensors.keys() <= {"weight", "bias"} or main.dtype in DENSE_DTYPES:
+        return ""
+    way_out = f"to leave the experts as they are: --ignore '{stack.prefix}'"
+    return f"{main.name} is {main.dtype} without scales; only {', '.join(DENSE_DTYPES)} can be quantized ({way_out})"
 
 
 def _unknown(spec: TensorSpec, hints: Hints) -> str:
@@ -174,8 +172,10 @@ def _stack(stack: _Found, layout: str | None, problem: str, hints: Hints) -> Sta
     tensors = {role: spec for role, spec in stack.tensors.items() if role != "bias"}
     main, bias = _main(stack), stack.tensors.get("bias")
     everything = tuple(stack.tensors.values())
+    if layout is None and not {"scale", "scales"}.isdisjoint(tensors):
+        raise CheckpointError(f"{main.name} is quantized, and its layout not known: state it with --expert-layout {'|'.join(LAYOUTS)}")
     if layout is None or problem:
-        return Stack(stack.name, stack.prefix, (), (), everything, (), problem)
+        return Stack(stack.name, stack.prefix, (), (), everything, (), problem or _unknown(main, hints))
     form, dtype = _format(stack, layout, hints)
     num_experts, rows, columns = _logical_shape(stack)
     if "weight" in form.by_columns:
