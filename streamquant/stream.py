@@ -295,4 +295,4 @@ def _largest(bounds: Sequence[Tensor]) -> Tensor:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.cpu().reshape(-1).view(torch.uint8).numpy().data
+    return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data

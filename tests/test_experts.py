@@ -235,6 +235,24 @@ def fp8_stack(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     return write_checkpoint(folder, tensors | ROUTER, config=config), plain | ROUTER
 
 
+def test_codes_of_a_stack_with_one_block_in_a_row_are_kept(tmp_path: Path) -> None:
+    """Every other line of scales of one element each is strided memory."""
+    packed, exponent, _ = sources.mxfp4(64, 32)
+    down, down_exponent, _ = sources.mxfp4(32, 32, seed=1)
+    tensors = {
+        f"{EXPERTS}.gate_up_proj_blocks": packed.view(1, 64, 1, 16),
+        f"{EXPERTS}.gate_up_proj_scales": exponent.view(1, 64, 1),
+        f"{EXPERTS}.down_proj_blocks": down.view(1, 32, 1, 16),
+        f"{EXPERTS}.down_proj_scales": down_exponent.view(1, 32, 1),
+    }
+    streamquant.convert(
+        write_checkpoint(tmp_path / "source", tensors, config={"model_type": "gpt_oss"}), tmp_path / "out", scheme="MXFP4A16"
+    )
+    written = read_tensors(tmp_path / "out")
+    assert torch.equal(written[f"{EXPERTS}.0.up_proj.weight_packed"], packed[1::2])
+    assert torch.equal(written[f"{EXPERTS}.0.up_proj.weight_scale"], exponent[1::2])
+
+
 def test_a_stack_in_fp8_is_unpacked_whole_and_taken_apart_with_its_scales(tmp_path: Path) -> None:
     source_, plain = fp8_stack(tmp_path / "source")
     streamquant.convert(source_, tmp_path / "bf16", scheme="BF16")
@@ -291,7 +309,7 @@ def test_a_quantized_stack_of_no_known_layout_is_not_passed_through(tmp_path: Pa
 
 
 def test_codes_in_a_stack_without_scales_are_left_as_they_are_beside_one_that_is_taken_apart(tmp_path: Path) -> None:
-    codes = {"model.layers.1.mlp.experts.gate_up_proj": FP8_ROWS[None], "model.layers.1.mlp.experts.down_proj": FP8_ROWS[None, :32]}
+    codes = {"model.layers.1.mlp.experts.gate_up_proj": FP8_ROWS[None], "model.layers.1.mlp.experts.down_proj": FP8_ROWS[None, :32].clone()}
     both = dict(zip((f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"), stacked("rows"), strict=True)) | codes
     folder = write_checkpoint(tmp_path / "source", both, config={"model_type": "mixtral"})
     streamquant.convert(folder, tmp_path / "out", scheme="FP8_DYNAMIC", ignore=["model.layers.1"])
