@@ -367,6 +367,11 @@ def changed(stored: Stored, **tensors: Tensor | None) -> Stored:
             "has no weight_scale .* for 16 columns",
         ),
         (changed(sources.modelopt_nvfp4(64, 64), weight_scale_2=torch.ones(4)), {}, r"F32 \[4\]; that of ModelOpt's NVFP4 is one F32"),
+        (
+            Stored({"weight_packed": torch.ones(8, 64, dtype=torch.int8), "weight_scale": weight(8, 1)}, weight(1)),
+            {},
+            "weight_packed I8 .* do not make up a weight",
+        ),
         (changed(sources.gptq(64, 64), scales=torch.zeros(0, 64).half()), gptq_config(), "qweight I32 .* do not make up a weight"),
         (changed(sources.fp8_rows(64, 64), weight=torch.zeros(64, 0).to(torch.float8_e4m3fn)), {}, "weight_scale BF16 .* do not make up"),
         (

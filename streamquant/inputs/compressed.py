@@ -101,7 +101,7 @@ def find_compressed(module: str, tensors: Mapping[str, TensorSpec], hints: Hints
             scheme, shape = SCHEMES["MXFP4A16"], (num_rows, 2 * width)
         case "F8_E4M3", "U8" | "F8_E8M0" if width % 32 == 0 and scale.shape == (num_rows, width // 32):
             scheme, shape = SCHEMES["MXFP8A16"], (num_rows, width)
-        case "I8", "BF16" | "F16" | "F32":
+        case "I8", "BF16" | "F16" | "F32" if packed is None:
             return _bytes(module, tensors, hints)
     return None if scheme is None else _weight(module, scheme, shape, "BF16", tensors)
 
