@@ -1,14 +1,18 @@
 """Quantized sources: every format is unpacked to the values of its own formula, bit for bit, and stored anew without loss."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import streamquant
@@ -315,6 +319,14 @@ def test_a_cache_scheme_and_its_scales_stay_and_others_scales_do_not(tmp_path: P
     assert cache.keys() <= read_tensors(tmp_path / "out").keys()
 
 
+def test_a_scale_of_activations_beside_a_plain_weight_is_dropped_too(tmp_path: Path) -> None:
+    """The output would have it beside a weight that is quantized otherwise."""
+    source = write_checkpoint(tmp_path / "source", attention() | {f"{MODULE}.input_scale": torch.ones(1)})
+    streamquant.convert(source, tmp_path / "out", scheme="FP8_DYNAMIC")
+    assert f"{MODULE}.input_scale" not in read_tensors(tmp_path / "out")
+    assert not streamquant.verify(tmp_path / "out", against=source).problems
+
+
 def test_a_config_of_a_quantization_that_is_not_there_is_replaced(tmp_path: Path) -> None:
     source = write_checkpoint(
         tmp_path / "source", attention(), config=FP8_CONFIG | {"text_config": {"quantization_config": {"a": 1}, "b": 2}}
@@ -515,3 +527,70 @@ def test_threads_blocks_and_budget_change_no_byte_of_what_is_made_from_codes(
     streamquant.convert(source, tmp_path / "odd", scheme="NVFP4A16", threads=threads)
     usual, odd = read_tensors(tmp_path / "usual"), read_tensors(tmp_path / "odd")
     assert all(torch.equal(bits(usual[name]), bits(odd[name])) for name in usual)
+
+
+# --- any shape, any read -----------------------------------------------------------------------------------------------
+
+FORMATS: dict[str, tuple[int, int, Callable[..., Stored], Mapping[str, Any]]] = {  # steps of rows and columns
+    "FP8 blocks": (3, 13, partial(sources.fp8_block, block=(8, 16)), sources.quantization_config("fp8", weight_block_size=[8, 16])),
+    "FP8 blocks with e8m0 scales": (23, 41, partial(sources.fp8_block, scale_dtype=torch.float8_e8m0fnu), FP8_CONFIG),
+    "FP8 per row": (3, 13, sources.fp8_rows, {}),
+    "FP8 per tensor": (3, 13, sources.fp8_tensor, {}),
+    "ModelOpt NVFP4": (1, 16, sources.modelopt_nvfp4, {}),
+    "DeepSeek-V4 MXFP4": (1, 32, sources.deepseek_v4_mxfp4, {}),
+    "AutoAWQ": (8, 32, sources.awq, AWQ_CONFIG),
+    "AutoAWQ without zero points": (8, 16, partial(sources.awq, group=16, zeros=False), AWQ_CONFIG),
+} | {
+    f"GPTQ int{width}{', desc_act' * order}": (
+        32,
+        32,
+        partial(sources.gptq, bits=width, sym=False, order=order),
+        gptq_config(bits=width, sym=False, desc_act=order),
+    )
+    for width in (2, 3, 4, 8)
+    for order in (True, False)
+}
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(sorted(FORMATS)),
+    st.integers(1, 12),
+    st.integers(1, 6),
+    st.integers(0, 2**32),
+    st.tuples(st.integers(1, 4000), st.integers(1, 4000), st.integers(1, 8000)),
+)
+def test_any_shape_read_in_any_pieces_gives_the_values_of_the_format(
+    tmp_path: Path, name: str, rows: int, columns: int, seed: int, sizes: tuple[int, int, int]
+) -> None:
+    row_step, column_step, write, config = FORMATS[name]
+    stored = write(rows * row_step, columns * column_step, seed=seed)
+    with TemporaryDirectory(dir=tmp_path) as folder, pytest.MonkeyPatch.context() as patch:
+        for setting, size in zip(("BLOCK_ELEMENTS", "MIN_READ_BYTES", "MAX_READ_BYTES"), sizes, strict=True):
+            patch.setattr(memory, setting, size)
+        source = write_checkpoint(Path(folder, "source"), named(stored) | NORM, config=config)
+        scheme = {torch.bfloat16: "BF16", torch.float16: "FP16"}[stored.values_NK.dtype]
+        streamquant.convert(source, Path(folder, "out"), scheme=scheme)
+        assert torch.equal(bits(read_tensors(Path(folder, "out"))[f"{MODULE}.weight"]), bits(stored.values_NK))
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(["W4A16", "W4A16_ASYM", "W3A16", "NVFP4A16", "MXFP4A16", "MXFP8A16", "W8A8", "FP8_DYNAMIC", "FP8_BLOCK"]),
+    st.integers(1, 40),
+    st.integers(1, 3),
+    st.tuples(st.integers(1, 4000), st.integers(1, 4000), st.integers(1, 8000)),
+)
+def test_our_own_formats_of_any_shape_read_in_any_pieces_give_what_their_schemes_decode(
+    tmp_path: Path, preset: str, rows: int, columns: int, sizes: tuple[int, int, int]
+) -> None:
+    with TemporaryDirectory(dir=tmp_path) as folder, pytest.MonkeyPatch.context() as patch:
+        plain = write_checkpoint(Path(folder, "plain"), {f"{MODULE}.weight": weight(rows, 128 * columns, seed=rows)} | NORM)
+        streamquant.convert(plain, Path(folder, "source"), scheme=preset)
+        written = read_tensors(Path(folder, "source"))
+        stored = {name.removeprefix(f"{MODULE}."): tensor for name, tensor in written.items() if name.startswith(MODULE)}
+        expected = find_scheme(preset).decode(stored, 128 * columns).bfloat16()
+        for setting, size in zip(("BLOCK_ELEMENTS", "MIN_READ_BYTES", "MAX_READ_BYTES"), sizes, strict=True):
+            patch.setattr(memory, setting, size)
+        streamquant.convert(Path(folder, "source"), Path(folder, "out"), scheme="BF16")
+        assert torch.equal(bits(read_tensors(Path(folder, "out"))[f"{MODULE}.weight"]), bits(expected))

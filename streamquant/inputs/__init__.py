@@ -113,7 +113,7 @@ def find_weights(checkpoint: Checkpoint, source: Source, *, expert_layout: str |
             item = item_of[name]
             if item is not None and items.setdefault(item.name, item) is not item:
                 problems.append(_twice(item.name))
-        elif role in ACTIVATION_ROLES and module in quantized:
+        elif role in ACTIVATION_ROLES and (module in quantized or module + WEIGHT_SUFFIX in checkpoint.tensors):
             dropped[name] = "static scale of activations"
         elif role in CACHE_ROLES and cache_scheme is None:
             dropped[name] = "scale of a quantized KV cache"
