@@ -123,8 +123,10 @@ def _container_problems(checkpoint: Checkpoint, source: LocalSource) -> list[str
         for name in checkpoint.tensors.keys() - index["weight_map"].keys():
             problems.append(f"{index_name} does not list {name}")
         total = sum(spec.num_bytes for spec in checkpoint.tensors.values())
-        if index.get("metadata", {}).get("total_size") != total:
-            problems.append(f"{index_name}: total_size is {index.get('metadata', {}).get('total_size')}, the tensors have {total} bytes")
+        metadata = index.get("metadata")
+        said = metadata.get("total_size") if isinstance(metadata, dict) else None
+        if said != total:
+            problems.append(f"{index_name}: total_size is {said}, the tensors have {total} bytes")
     return problems
 
 
@@ -198,7 +200,7 @@ def _fused_problems(stored: Mapping[str, Weight], scheme_of: Callable[[str], Sch
         schemes = [scheme_of(module) for module in modules]
         if any(scheme != schemes[0] for scheme in schemes):
             problems.append(f"{', '.join(modules)} are loaded as one weight and have different schemes")
-        elif schemes[0] is not None and schemes[0].shares_amax:
+        elif all(scheme is not None and scheme.shares_amax for scheme in (*schemes, *(stored[module].format.scheme for module in modules))):
             shared = {float(stored[module].format.shared(stored[module].read_whole(source))) for module in modules}
             if len(shared) > 1:
                 problems.append(f"{', '.join(modules)} are loaded as one weight and differ in the scale they share: {sorted(shared)}")
