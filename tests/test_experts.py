@@ -287,6 +287,11 @@ FP8_ROWS = sources.fp8_rows(64, 32).tensors["weight"]
         ({"gate_up_proj": FP8_ROWS[None]}, "is F8_E4M3 without scales; only BF16, F16, F32 can be quantized"),
         ({"gate_up_proj": weight(20000, 2, 1)}, "and others stack 20000 experts in 80000 bytes"),
         ({"gate_up_proj": weight(2, 64, 32), "1.up_proj.weight": weight(32, 32)}, "experts.1.up_proj.weight is stored twice"),
+        ({"gate_up_proj": weight(2, 64, 32), "0.up_proj.weight": weight(2, 32, 32)}, "experts.0.up_proj.weight is stored twice"),
+        (
+            {"gate_up_proj.weight": weight(2, 64), "gate_up_proj_blocks": weight(2, 64, 1, 16)},
+            "_blocks beside it, which do not go together",
+        ),
         ({"gate_up_proj": weight(2, 64, 32), "fc1": weight(2, 64, 32)}, "experts.0.gate_proj.weight is stored twice"),
     ],
 )

@@ -159,7 +159,7 @@ def _stored_together(checkpoint: Checkpoint, hints: Hints, problems: list[str]) 
 
 
 def _names(item: Item) -> list[str]:
-    return [part.name for part in (*item.weights, *item.biases)] if isinstance(item, Stack) else [item.name]
+    return [part.name for part in (*item.weights, *item.biases) or item.tensors] if isinstance(item, Stack) else [item.name]
 
 
 def _twice(name: str) -> str:

@@ -97,7 +97,7 @@ def find_stacks(tensors: Iterable[TensorSpec], hints: Hints) -> list[Stack]:
             stack.tensors[role] = spec
         elif len(spec.shape) > 2 and not {"experts", "moe"}.isdisjoint(spec.name.split(".")):
             unknown.append(Stack(spec.name, spec.name, (), (), (spec,), (), _unknown(spec, hints)))
-    stacks = [stack for stack in found.values() if len(_main(stack).shape) > 2]
+    stacks = [stack for stack in found.values() if len(_main(stack).shape) > 2 or not stack.tensors.keys() <= {"weight", "bias"}]
     for stack in stacks:
         _check(stack)
     num_experts = sum(_main(stack).shape[0] for stack in stacks)
