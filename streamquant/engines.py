@@ -331,7 +331,7 @@ def _of_model(plan: Plan, engine: Engine) -> Iterator[Finding]:
     """Experts of models whose experts the engine does not load one by one."""
     config = plan.checkpoint.config or {}
     nested = config.get("text_config")
-    types = {owner.get("model_type") for owner in (config, nested if isinstance(nested, dict) else {})}
+    types = [owner.get("model_type") for owner in (config, nested if isinstance(nested, dict) else {})]
     problem = next((problem for model_type, problem in engine.models.items() if model_type in types), None)
     owners = {(fold(owner), step.scheme.title) for step, owner in _experts(plan) if step.scheme.format != DENSE}
     if problem is not None:

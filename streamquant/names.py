@@ -108,13 +108,14 @@ class ModelFacts:
         layer_keys = ("num_hidden_layers", "n_layer", "n_layers")
         ties = [owner["tie_word_embeddings"] for owner in (whole, text) if isinstance(owner.get("tie_word_embeddings"), bool)]
         expert_keys = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+        num_kv_heads = text.get("num_key_value_heads")
         moe = text["moe"] if isinstance(text.get("moe"), dict) else {}  # of params.json
         return cls(
             num_layers=next((text[key] for key in layer_keys if type(text.get(key)) is int), None),
             num_experts=next((owner[key] for owner in (text, moe) for key in expert_keys if type(owner.get(key)) is int), None),
             ties_embeddings=any(ties) if ties else None,
             prediction_layers=tuple(sorted({name[: match.end()] for name in tensors if (match := _BESIDE_PREDICTION.search(name))})),
-            num_kv_heads=text["num_key_value_heads"] if type(text.get("num_key_value_heads")) is int else None,
+            num_kv_heads=num_kv_heads if type(num_kv_heads) is int and num_kv_heads > 0 else None,
         )
 
     def prediction_layer(self, module: str) -> str | None:

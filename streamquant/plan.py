@@ -353,6 +353,8 @@ def _problems(weights: Sequence[Weight], scheme: Scheme) -> list[str]:
         problem = scheme.problem(weight.shape, fused=len(weights) > 1, last=number == len(weights))
         if problem is None and isinstance(scheme, Fp8) and scheme.strategy == "block" and is_named_only(weight.module):
             problem = f"is a head or an embedding, where engines load no blocks of {scheme.preset}"
+        if isinstance(scheme, Fp8) and scheme.shares_amax and scheme.scale_dtype == "weight" and weight.dtype != weights[0].dtype:
+            problem = f"is {weight.dtype} and its fused partner {weights[0].dtype}: their one scale needs --scale-dtype float32"
         if problem is not None:
             problems.append(f"{weight.name} {problem}")
     return problems

@@ -127,7 +127,7 @@ class _NameSet:
         patterns = [entry.removeprefix("re:") for entry in entries if entry.startswith("re:")]
         try:
             self._pattern = re.compile("|".join(f"(?:{pattern})" for pattern in patterns)) if patterns else None
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise CheckpointError(f"quantization_config holds an invalid regular expression: {error}") from None
 
     def __contains__(self, name: str) -> bool:

@@ -137,11 +137,13 @@ def inspection_lines(inspection: Inspection) -> list[str]:
         row[0] += 1
         row[1] += spec.num_bytes
     config = checkpoint.config or {}
+    named = config.get("architectures")
+    architectures = [str(name) for name in named] if isinstance(named, list) else []
     dtypes = ", ".join(f"{dtype} {format_bytes(size)}" for dtype, size in inspection.bytes_by_dtype.items())
     return [
         *table(("tensor", "count", "dtype", "shape", "bytes"), ((n, str(c), d, s, format_bytes(b)) for (n, d, s), (c, b) in rows.items())),
         "",
-        f"model       {config.get('model_type', 'unknown')} ({', '.join(config.get('architectures') or ['no architecture named'])})",
+        f"model       {config.get('model_type', 'unknown')} ({', '.join(architectures) or 'no architecture named'})",
         f"tensors     {len(checkpoint.tensors)} in {len(checkpoint.shards)} files, {inspection.num_parameters:,} parameters",
         f"size        {format_bytes(inspection.num_bytes)} ({dtypes})",
         *(f"left out    {file}: {reason}" for file, reason in checkpoint.left_out.items()),

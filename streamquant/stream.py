@@ -204,11 +204,7 @@ class _Engine:
         weight = member.weight
         stored: dict[str, Tensor] = {}
         for row, _, stored in self._stored_blocks(weight, start, end, scheme):
-            try:
-                repacked = weight.format.repack(stored, weight.shape[1], scheme)
-            except CheckpointError as error:
-                raise CheckpointError(f"{weight.name}: {error}") from None
-            self._store(member, writer, row, repacked, scheme)
+            self._store(member, writer, row, weight.repack(stored, scheme), scheme)
         if start == 0:
             self._store_once(member, scheme, writer, weight.format.shared(stored) if scheme.shares_amax else None)
 
@@ -301,4 +297,4 @@ def _largest(bounds: Sequence[Tensor]) -> Tensor:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.cpu().reshape(-1).view(torch.uint8).numpy().data
+    return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data

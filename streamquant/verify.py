@@ -123,8 +123,10 @@ def _container_problems(checkpoint: Checkpoint, source: LocalSource) -> list[str
         for name in checkpoint.tensors.keys() - index["weight_map"].keys():
             problems.append(f"{index_name} does not list {name}")
         total = sum(spec.num_bytes for spec in checkpoint.tensors.values())
-        if index.get("metadata", {}).get("total_size") != total:
-            problems.append(f"{index_name}: total_size is {index.get('metadata', {}).get('total_size')}, the tensors have {total} bytes")
+        metadata = index.get("metadata")
+        said = metadata.get("total_size") if isinstance(metadata, dict) else None
+        if said != total:
+            problems.append(f"{index_name}: total_size is {said}, the tensors have {total} bytes")
     return problems
 
 
@@ -198,7 +200,7 @@ def _fused_problems(stored: Mapping[str, Weight], scheme_of: Callable[[str], Sch
         schemes = [scheme_of(module) for module in modules]
         if any(scheme != schemes[0] for scheme in schemes):
             problems.append(f"{', '.join(modules)} are loaded as one weight and have different schemes")
-        elif schemes[0] is not None and schemes[0].shares_amax:
+        elif all(scheme is not None and scheme.shares_amax for scheme in (*schemes, *(stored[module].format.scheme for module in modules))):
             shared = {float(stored[module].format.shared(stored[module].read_whole(source))) for module in modules}
             if len(shared) > 1:
                 problems.append(f"{', '.join(modules)} are loaded as one weight and differ in the scale they share: {sorted(shared)}")
@@ -271,8 +273,8 @@ def _weight_error(ours: Weight, source: Source, original: Weight, original_sourc
     noise = signal = 0.0
     for start, end in _blocks(ours, original):
         stored = original.read(original_source, start, end)
-        original_NK = (original.format.decode(stored, original.shape[1]) if both_codes else original.decode(stored)).double()
-        difference_NK = ours.format.decode(ours.read(source, start, end), ours.shape[1]).double() - original_NK
+        original_NK = (original.values(stored) if both_codes else original.decode(stored)).double()
+        difference_NK = ours.values(ours.read(source, start, end)).double() - original_NK
         noise += float(difference_NK.square().sum())
         signal += float(original_NK.square().sum())
     relative = math.sqrt(noise / signal) if signal else math.inf if noise else 0.0
@@ -320,4 +322,4 @@ def dequantize(out: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
 
 def _decode(weight: Weight, source: Source) -> Tensor:
     """All of a weight, float32 if it is quantized."""
-    return torch.cat([weight.format.decode(weight.read(source, *rows), weight.shape[1]) for rows in _blocks(weight)])
+    return torch.cat([weight.values(weight.read(source, *rows)) for rows in _blocks(weight)])

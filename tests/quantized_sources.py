@@ -58,14 +58,20 @@ def rounded(value_NK: NDArray[np.float64], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(value_NK.astype(np.float32)).to(dtype)
 
 
-def fp8_block(rows: int, columns: int, *, seed: int = 0, block: int = 128, scale_dtype: torch.dtype = torch.float32) -> Stored:
+def fp8_block(
+    rows: int, columns: int, *, seed: int = 0, block: int | tuple[int, int] = 128, scale_dtype: torch.dtype = torch.float32
+) -> Stored:
     """DeepSeek's."""
     rng = generator(seed)
+    unit = (block, block) if isinstance(block, int) else block
     code = random_e4m3(rng, (rows, columns))
-    scale = random_scales(rng, (-(-rows // block), -(-columns // block)))
+    scale = random_scales(rng, (-(-rows // unit[0]), -(-columns // unit[1])))
     if scale_dtype == torch.float8_e8m0fnu:
         scale = scale.to(scale_dtype).float()
-    values = rounded(wide(code) * spread(wide(scale.to(scale_dtype).float()), (rows, columns), (block, block)), torch.bfloat16)
+    values = rounded(
+        wide(code) * spread(wide(scale.to(scale_dtype).float()), (rows, columns), (min(unit[0], rows), min(unit[1], columns))),
+        torch.bfloat16,
+    )
     return Stored({"weight": code, "weight_scale_inv": scale.to(scale_dtype)}, values)
 
 

@@ -12,6 +12,7 @@ import torch
 import streamquant
 from streamquant.engines import Finding, check, load_engines, loads_in, table_name
 from streamquant.errors import RequestError
+from streamquant.report import inspection_lines
 from streamquant.schemes import NATIVE_FP8, SCHEMES
 from tests.checkpoints import WIKI_LLAMA, attention, mlp, weight, write_checkpoint
 
@@ -40,6 +41,12 @@ def dense(folder: Path, **config: Any) -> Path:
 
 def found(source: Path, engine: str, *, tp: int = 1, **options: Any) -> list[Finding]:
     return check(streamquant.plan(source, **options), engine=engine, tp=tp)
+
+
+def test_any_config_may_be_asked_about(tmp_path: Path) -> None:
+    source = dense(tmp_path, model_type={"a": 1}, architectures=[1, None], num_key_value_heads=-3)
+    assert found(source, "vllm", tp=2, scheme="FP8_DYNAMIC") == []
+    assert any("(1, None)" in line for line in inspection_lines(streamquant.inspect(source)))
 
 
 def recipe(folder: Path, text: str) -> Path:

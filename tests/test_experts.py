@@ -247,6 +247,24 @@ def fp8_stack(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     return write_checkpoint(folder, tensors | ROUTER, config=config), plain | ROUTER
 
 
+def test_codes_of_a_stack_with_one_block_in_a_row_are_kept(tmp_path: Path) -> None:
+    """Every other line of scales of one element each is strided memory."""
+    packed, exponent, _ = sources.mxfp4(64, 32)
+    down, down_exponent, _ = sources.mxfp4(32, 32, seed=1)
+    tensors = {
+        f"{EXPERTS}.gate_up_proj_blocks": packed.view(1, 64, 1, 16),
+        f"{EXPERTS}.gate_up_proj_scales": exponent.view(1, 64, 1),
+        f"{EXPERTS}.down_proj_blocks": down.view(1, 32, 1, 16),
+        f"{EXPERTS}.down_proj_scales": down_exponent.view(1, 32, 1),
+    }
+    streamquant.convert(
+        write_checkpoint(tmp_path / "source", tensors, config={"model_type": "gpt_oss"}), tmp_path / "out", scheme="MXFP4A16"
+    )
+    written = read_tensors(tmp_path / "out")
+    assert torch.equal(written[f"{EXPERTS}.0.up_proj.weight_packed"], packed[1::2])
+    assert torch.equal(written[f"{EXPERTS}.0.up_proj.weight_scale"], exponent[1::2])
+
+
 def test_a_stack_in_fp8_is_unpacked_whole_and_taken_apart_with_its_scales(tmp_path: Path) -> None:
     source_, plain = fp8_stack(tmp_path / "source")
     streamquant.convert(source_, tmp_path / "bf16", scheme="BF16")
@@ -257,6 +275,63 @@ def test_a_stack_in_fp8_is_unpacked_whole_and_taken_apart_with_its_scales(tmp_pa
     assert torch.equal(written[f"{up}.weight"].view(torch.uint8), before[f"{EXPERTS}.gate_up_proj"][2, 256:].view(torch.uint8))
     assert torch.equal(written[f"{up}.weight_scale"], before[f"{EXPERTS}.gate_up_proj_scale_inv"][2, 2:])
     assert not streamquant.verify(tmp_path / "out", against=source_).problems
+
+
+# --- what does not fit ---------------------------------------------------------------------------------------------------
+
+FP8_ROWS = sources.fp8_rows(64, 32).tensors["weight"]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"gate_up_proj": weight(0, 64, 32)}, r"gate_up_proj has shape \[0, 64, 32\]; a stack of experts has 3 dimensions, none of 0"),
+        ({"gate_up_proj": weight(2, 64, 32, 1)}, "a stack of experts has 3 dimensions"),
+        ({"gate_up_proj": weight(2, 64, 32), "gate_up_proj.weight": weight(2, 64, 32)}, "are the same stack of experts"),
+        (
+            {"gate_up_proj": weight(2, 64, 32), "gate_up_proj_scales": weight(2, 64)},
+            "gate_up_proj_scales beside it, which do not go together",
+        ),
+        ({"gate_up_proj": FP8_ROWS[None], "gate_up_proj_scale_inv": weight(2, 64)}, r"scale_inv has shape \[2, 64\]: .* has 1 experts"),
+        ({"gate_up_proj": FP8_ROWS[None], "gate_up_proj_scale_inv": torch.tensor(1.0)}, r"scale_inv has shape \[\]: .* has 1 experts"),
+        ({"gate_up_proj": FP8_ROWS[None], "gate_up_proj_scale_inv": weight(1, 64).double()}, "only FP8 stacked in rows is read"),
+        ({"gate_up_proj_blocks": weight(2, 64, 1, 16), "gate_up_proj_scales": weight(2, 64, 1)}, "is not stored as gpt-oss stores MXFP4"),
+        ({"gate_up_proj": FP8_ROWS[None]}, "is F8_E4M3 without scales; only BF16, F16, F32 can be quantized"),
+        ({"gate_up_proj": weight(20000, 2, 1)}, "and others stack 20000 experts in 80000 bytes"),
+        ({"gate_up_proj": weight(2, 64, 32), "1.up_proj.weight": weight(32, 32)}, "experts.1.up_proj.weight is stored twice"),
+        ({"gate_up_proj": weight(2, 64, 32), "0.up_proj.weight": weight(2, 32, 32)}, "experts.0.up_proj.weight is stored twice"),
+        (
+            {"gate_up_proj.weight": weight(2, 64), "gate_up_proj_blocks": weight(2, 64, 1, 16)},
+            "_blocks beside it, which do not go together",
+        ),
+        ({"gate_up_proj": weight(2, 64, 32), "fc1": weight(2, 64, 32)}, "experts.0.gate_proj.weight is stored twice"),
+    ],
+)
+def test_parts_of_a_stack_that_do_not_fit_are_named(tmp_path: Path, tensors: Mapping[str, Tensor], said: str) -> None:
+    folder = write_checkpoint(
+        tmp_path / "source",
+        {f"{EXPERTS}.{name}": tensor for name, tensor in tensors.items()} | attention(),
+        config={"model_type": "qwen3_moe"},
+    )
+    with pytest.raises(CheckpointError, match=said):
+        streamquant.plan(folder, scheme="FP8_DYNAMIC")
+
+
+def test_a_quantized_stack_of_no_known_layout_is_not_passed_through(tmp_path: Path) -> None:
+    folder, _ = fp8_stack(tmp_path / "source")
+    (folder / "config.json").write_text(json.dumps({"model_type": "newest_moe", **sources.FP8_CONFIG}))
+    for settings in ({"scheme": "BF16"}, {"scheme": "FP8_DYNAMIC", "ignore": ["experts"]}):
+        with pytest.raises(CheckpointError, match="is quantized, and its layout not known: state it with --expert-layout"):
+            streamquant.plan(folder, **settings)
+
+
+def test_codes_in_a_stack_without_scales_are_left_as_they_are_beside_one_that_is_taken_apart(tmp_path: Path) -> None:
+    codes = {"model.layers.1.mlp.experts.gate_up_proj": FP8_ROWS[None], "model.layers.1.mlp.experts.down_proj": FP8_ROWS[None, :32].clone()}
+    both = dict(zip((f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"), stacked("rows"), strict=True)) | codes
+    folder = write_checkpoint(tmp_path / "source", both, config={"model_type": "mixtral"})
+    streamquant.convert(folder, tmp_path / "out", scheme="FP8_DYNAMIC", ignore=["model.layers.1"])
+    written = read_tensors(tmp_path / "out")
+    assert all(torch.equal(written[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in codes.items())
 
 
 # --- memory ------------------------------------------------------------------------------------------------------------

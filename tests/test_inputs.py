@@ -1,8 +1,10 @@
 """Quantized sources: every format is unpacked to the values of its own formula, bit for bit, and stored anew without loss."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter, FP8BlockDequantizer, ModelOptNvfp4Converter
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import streamquant
@@ -34,6 +38,11 @@ CASES: dict[str, tuple[Stored, Mapping[str, Any]]] = {
     "FP8 blocks": (sources.fp8_block(384, 256), FP8_CONFIG),
     "FP8 blocks at the edge, as in kv_a_proj of DeepSeek-V3": (sources.fp8_block(576, 448), FP8_CONFIG),
     "FP8 blocks of 64": (sources.fp8_block(130, 192, block=64), sources.quantization_config("fp8", weight_block_size=[64, 64])),
+    "FP8 blocks of a row": (sources.fp8_block(8, 64, block=(1, 16)), sources.quantization_config("fp8", weight_block_size=[1, 16])),
+    "FP8 blocks larger than any weight": (
+        sources.fp8_block(8, 64, block=(2**40, 32)),
+        sources.quantization_config("fp8", weight_block_size=[2**40, 32]),
+    ),
     "FP8 blocks without a config": (sources.fp8_block(256, 256), {}),
     "FP8 blocks with e8m0 scales": (sources.fp8_block(384, 256, scale_dtype=torch.float8_e8m0fnu), FP8_CONFIG),
     "FP8 blocks with bf16 scales": (sources.fp8_block(384, 256, scale_dtype=torch.bfloat16), FP8_CONFIG),
@@ -186,6 +195,7 @@ def decompressed(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> di
         ("FP8 per row", {"scheme": "FP8_DYNAMIC", "observer": "mse"}, True),
         ("FP8 per row, float32 [N]", {"scheme": "FP8_DYNAMIC"}, True),
         ("FP8 per row", {"scheme": "FP8_BLOCK"}, False),
+        ("FP8 blocks of a row", {"scheme": "FP8_DYNAMIC"}, False),
         ("DeepSeek-V4 MXFP4", {"scheme": "MXFP4A16"}, True),
         ("DeepSeek-V4 MXFP4", {"scheme": "MXFP4"}, True),
         ("AutoAWQ", {"scheme": "W4A16_ASYM", "group_size": 32}, True),
@@ -360,6 +370,14 @@ def test_a_cache_scheme_and_its_scales_stay_and_others_scales_do_not(tmp_path: P
     assert cache.keys() <= read_tensors(tmp_path / "out").keys()
 
 
+def test_a_scale_of_activations_beside_a_plain_weight_is_dropped_too(tmp_path: Path) -> None:
+    """The output would have it beside a weight that is quantized otherwise."""
+    source = write_checkpoint(tmp_path / "source", attention() | {f"{MODULE}.input_scale": torch.ones(1)})
+    streamquant.convert(source, tmp_path / "out", scheme="FP8_DYNAMIC")
+    assert f"{MODULE}.input_scale" not in read_tensors(tmp_path / "out")
+    assert not streamquant.verify(tmp_path / "out", against=source).problems
+
+
 def test_a_config_of_a_quantization_that_is_not_there_is_replaced(tmp_path: Path) -> None:
     source = write_checkpoint(
         tmp_path / "source", attention(), config=FP8_CONFIG | {"text_config": {"quantization_config": {"a": 1}, "b": 2}}
@@ -402,6 +420,23 @@ def changed(stored: Stored, **tensors: Tensor | None) -> Stored:
         (changed(sources.gptq(64, 64), g_idx=torch.zeros(3, dtype=torch.int32)), gptq_config(), "do not make up a weight of GPTQ"),
         (changed(sources.modelopt_nvfp4(64, 64), weight_scale=None), {}, "looks like ModelOpt's NVFP4, but has no weight_scale"),
         (changed(sources.fp8_rows(64, 64), weight=None), {}, "weight_scale BF16 .* do not make up a weight of a kind that is read"),
+        (sources.gptq(64, 64), gptq_config(checkpoint_format=["gptq"]), "checkpoint_format gptq or gptq_v2, and has gptq, "),
+        (changed(sources.gptq(64, 64), qweight=torch.ones(8, 64)), gptq_config(), "do not make up a weight of GPTQ"),
+        (changed(sources.gptq(64, 64), g_idx=torch.zeros(64)), gptq_config(), "do not make up a weight of GPTQ"),
+        (changed(sources.modelopt_nvfp4(64, 64), weight=torch.tensor(1, dtype=torch.uint8)), {}, r"has shape \[\]; a matrix was expected"),
+        (
+            changed(sources.modelopt_nvfp4(64, 64), weight=torch.ones(64, 36, dtype=torch.uint8)),
+            {},
+            "has no weight_scale .* for 16 columns",
+        ),
+        (changed(sources.modelopt_nvfp4(64, 64), weight_scale_2=torch.ones(4)), {}, r"F32 \[4\]; that of ModelOpt's NVFP4 is one F32"),
+        (
+            Stored({"weight_packed": torch.ones(8, 64, dtype=torch.int8), "weight_scale": weight(8, 1)}, weight(1)),
+            {},
+            "weight_packed I8 .* do not make up a weight",
+        ),
+        (changed(sources.gptq(64, 64), scales=torch.zeros(0, 64).half()), gptq_config(), "qweight I32 .* do not make up a weight"),
+        (changed(sources.fp8_rows(64, 64), weight=torch.zeros(64, 0).to(torch.float8_e4m3fn)), {}, "weight_scale BF16 .* do not make up"),
         (
             Stored(
                 {
@@ -430,6 +465,11 @@ def test_parts_that_do_not_fit_are_named(tmp_path: Path, stored: Stored, config:
             gptq_config(),
             "o_proj.weight: g_idx scatters the columns of groups, though .*desc_act is false",
         ),
+        (
+            changed(sources.gptq(64, 64), g_idx=torch.full((64,), -1, dtype=torch.int32)),
+            gptq_config(desc_act=True),
+            "o_proj.weight: the group of a column is -1 to -1; there are 2 groups",
+        ),
         (sources.gptq(64, 64, sym=False), gptq_config(), "qzeros are not all in the middle, though config.json says sym is true"),
     ],
 )
@@ -439,6 +479,58 @@ def test_a_config_that_the_tensors_contradict_is_found_while_reading(
     source = write_checkpoint(tmp_path / "source", named(stored) | NORM, config=config)
     with pytest.raises(CheckpointError, match=said):
         streamquant.convert(source, tmp_path / "out", scheme="W4A16", group_size=32)
+
+
+INT = torch.int32
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts", "said"),
+    [
+        (
+            {"group_size": 32},
+            {"weight_g_idx": torch.zeros(128)},
+            r"weight_g_idx is F32 \[128\]; the groups of packed integers are I32 \[128\]",
+        ),
+        ({"group_size": 32}, {"weight_g_idx": torch.full((128,), 4, dtype=INT)}, "the group of a column is 4 to 4; there are 4 groups"),
+        ({"group_size": 32}, {"weight_scale": torch.ones(128, 4, dtype=INT)}, "weight_scale is I32; scales of packed integers are BF16"),
+        ({"group_size": 32}, {"weight_scale": weight(128, 5)}, "has 16 words a row; 160 columns of 4 bits take 20"),
+        ({"strategy": "channel"}, {"weight_shape": torch.tensor([128, -1])}, "has 16 words a row; -1 columns of 4 bits take 0"),
+        ({"strategy": "channel"}, {"weight_shape": torch.tensor([128, 2**62])}, "has 16 words a row; 4611686018427387904 columns"),
+        ({"strategy": "channel"}, {"weight_shape": torch.tensor([64, 128])}, r"weight_shape says \[64, 128\]"),
+    ],
+)
+def test_parts_of_packed_integers_that_do_not_fit_are_named(
+    tmp_path: Path, settings: dict[str, Any], parts: dict[str, Tensor], said: str
+) -> None:
+    plain = write_checkpoint(tmp_path / "plain", {f"{MODULE}.weight": weight(128, 128)} | NORM)
+    streamquant.convert(plain, tmp_path / "packed", scheme="W4A16", **settings)
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    tensors = read_tensors(tmp_path / "packed") | {f"{MODULE}.{role}": tensor for role, tensor in parts.items()}
+    source = write_checkpoint(tmp_path / "source", tensors, config=config)
+    with pytest.raises(CheckpointError, match=said):
+        streamquant.convert(source, tmp_path / "out", scheme="BF16")
+
+
+@pytest.mark.parametrize("unset", [True, False])
+def test_groups_of_packed_integers_may_be_given_by_column(tmp_path: Path, unset: bool) -> None:
+    plain = write_checkpoint(tmp_path / "plain", {f"{MODULE}.weight": weight(128, 128)} | NORM)
+    streamquant.convert(plain, tmp_path / "packed", scheme="W4A16_ASYM", group_size=32)
+    index = torch.full((128,), -1, dtype=INT) if unset else torch.arange(128, dtype=INT) // 32
+    tensors = read_tensors(tmp_path / "packed") | {f"{MODULE}.weight_g_idx": index}
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    source = write_checkpoint(tmp_path / "source", tensors, config=config)
+    values = [dict(dequantize(folder))[f"{MODULE}.weight"] for folder in (source, tmp_path / "packed")]
+    assert torch.equal(*values)
+
+
+@pytest.mark.parametrize("shapes", [([128], [128]), ([128, 3], [128, 3]), ([128, 4], [128, 2]), ([128, 1, 1], [128, 1, 1])])
+def test_zero_points_of_int8_that_do_not_fit_are_named(tmp_path: Path, shapes: tuple[list[int], list[int]]) -> None:
+    scale, zeros = torch.ones(shapes[0]), torch.zeros(shapes[1], dtype=torch.int8)
+    parts = {"weight": torch.ones(128, 128, dtype=torch.int8), "weight_scale": scale, "weight_zero_point": zeros}
+    source = write_checkpoint(tmp_path / "source", {f"{MODULE}.{role}": tensor for role, tensor in parts.items()} | NORM)
+    with pytest.raises(CheckpointError, match=r"zero points of int8 and their scales are|does not fit int8 codes"):
+        streamquant.plan(source, scheme="BF16")
 
 
 def test_rotated_weights_are_refused(tmp_path: Path) -> None:
@@ -486,3 +578,70 @@ def test_threads_blocks_and_budget_change_no_byte_of_what_is_made_from_codes(
     streamquant.convert(source, tmp_path / "odd", scheme="NVFP4A16", threads=threads)
     usual, odd = read_tensors(tmp_path / "usual"), read_tensors(tmp_path / "odd")
     assert all(torch.equal(bits(usual[name]), bits(odd[name])) for name in usual)
+
+
+# --- any shape, any read -----------------------------------------------------------------------------------------------
+
+FORMATS: dict[str, tuple[int, int, Callable[..., Stored], Mapping[str, Any]]] = {  # steps of rows and columns
+    "FP8 blocks": (3, 13, partial(sources.fp8_block, block=(8, 16)), sources.quantization_config("fp8", weight_block_size=[8, 16])),
+    "FP8 blocks with e8m0 scales": (23, 41, partial(sources.fp8_block, scale_dtype=torch.float8_e8m0fnu), FP8_CONFIG),
+    "FP8 per row": (3, 13, sources.fp8_rows, {}),
+    "FP8 per tensor": (3, 13, sources.fp8_tensor, {}),
+    "ModelOpt NVFP4": (1, 16, sources.modelopt_nvfp4, {}),
+    "DeepSeek-V4 MXFP4": (1, 32, sources.deepseek_v4_mxfp4, {}),
+    "AutoAWQ": (8, 32, sources.awq, AWQ_CONFIG),
+    "AutoAWQ without zero points": (8, 16, partial(sources.awq, group=16, zeros=False), AWQ_CONFIG),
+} | {
+    f"GPTQ int{width}{', desc_act' * order}": (
+        32,
+        32,
+        partial(sources.gptq, bits=width, sym=False, order=order),
+        gptq_config(bits=width, sym=False, desc_act=order),
+    )
+    for width in (2, 3, 4, 8)
+    for order in (True, False)
+}
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(sorted(FORMATS)),
+    st.integers(1, 12),
+    st.integers(1, 6),
+    st.integers(0, 2**32),
+    st.tuples(st.integers(1, 4000), st.integers(1, 4000), st.integers(1, 8000)),
+)
+def test_any_shape_read_in_any_pieces_gives_the_values_of_the_format(
+    tmp_path: Path, name: str, rows: int, columns: int, seed: int, sizes: tuple[int, int, int]
+) -> None:
+    row_step, column_step, write, config = FORMATS[name]
+    stored = write(rows * row_step, columns * column_step, seed=seed)
+    with TemporaryDirectory(dir=tmp_path) as folder, pytest.MonkeyPatch.context() as patch:
+        for setting, size in zip(("BLOCK_ELEMENTS", "MIN_READ_BYTES", "MAX_READ_BYTES"), sizes, strict=True):
+            patch.setattr(memory, setting, size)
+        source = write_checkpoint(Path(folder, "source"), named(stored) | NORM, config=config)
+        scheme = {torch.bfloat16: "BF16", torch.float16: "FP16"}[stored.values_NK.dtype]
+        streamquant.convert(source, Path(folder, "out"), scheme=scheme)
+        assert torch.equal(bits(read_tensors(Path(folder, "out"))[f"{MODULE}.weight"]), bits(stored.values_NK))
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(["W4A16", "W4A16_ASYM", "W3A16", "NVFP4A16", "MXFP4A16", "MXFP8A16", "W8A8", "FP8_DYNAMIC", "FP8_BLOCK"]),
+    st.integers(1, 40),
+    st.integers(1, 3),
+    st.tuples(st.integers(1, 4000), st.integers(1, 4000), st.integers(1, 8000)),
+)
+def test_our_own_formats_of_any_shape_read_in_any_pieces_give_what_their_schemes_decode(
+    tmp_path: Path, preset: str, rows: int, columns: int, sizes: tuple[int, int, int]
+) -> None:
+    with TemporaryDirectory(dir=tmp_path) as folder, pytest.MonkeyPatch.context() as patch:
+        plain = write_checkpoint(Path(folder, "plain"), {f"{MODULE}.weight": weight(rows, 128 * columns, seed=rows)} | NORM)
+        streamquant.convert(plain, Path(folder, "source"), scheme=preset)
+        written = read_tensors(Path(folder, "source"))
+        stored = {name.removeprefix(f"{MODULE}."): tensor for name, tensor in written.items() if name.startswith(MODULE)}
+        expected = find_scheme(preset).decode(stored, 128 * columns).bfloat16()
+        for setting, size in zip(("BLOCK_ELEMENTS", "MIN_READ_BYTES", "MAX_READ_BYTES"), sizes, strict=True):
+            patch.setattr(memory, setting, size)
+        streamquant.convert(Path(folder, "source"), Path(folder, "out"), scheme="BF16")
+        assert torch.equal(bits(read_tensors(Path(folder, "out"))[f"{MODULE}.weight"]), bits(expected))

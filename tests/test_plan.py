@@ -406,6 +406,11 @@ def test_an_impossible_wish_fails_here_with_the_way_out(moe: Path, arguments: di
             "gate_proj.weight has 192 rows and engines stack a fused partner below it",
         ),
         (mlp("a.0", rows=132), {"scheme": "W4A16_ASYM", "ignore": ["*.down_proj"]}, "gate_proj.weight has 132 rows and fused partners"),
+        (
+            {"a.0.gate_proj.weight": weight(64, 64), "a.0.up_proj.weight": weight(64, 64).half()},
+            {"scheme": "FP8_DYNAMIC", "strategy": "tensor"},
+            "up_proj.weight is F16 and its fused partner BF16: their one scale needs --scale-dtype float32",
+        ),
         ({"a.0.up_proj.weight": weight(64, 64).double()}, {"scheme": "W8A8"}, "a.0.up_proj.weight is F64; only BF16, F16, F32"),
     ],
 )

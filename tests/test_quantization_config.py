@@ -123,3 +123,34 @@ def test_native_fp8_lists_what_is_dense() -> None:
 def test_a_config_that_we_do_not_store_is_refused(config: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match="quantization_config"):
         quantized_modules(config)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"num_bits": 4.0},
+        {"num_bits": True},
+        {"group_size": 128.0},
+        {"group_size": True},
+        {"group_size": "128"},
+        {"symmetric": "yes"},
+        {"symmetric": None},
+        {"strategy": ["group"]},
+    ],
+)
+def test_a_value_of_another_type_is_refused(weights: dict[str, Any]) -> None:
+    config = describe_quantization({"a.0.up_proj": SCHEMES["W4A16"]}, [], absent_lm_head=False)
+    config["config_groups"]["group_0"]["weights"] |= weights
+    with pytest.raises(CheckpointError, match=f"quantization_config: .*{next(iter(weights))}"):
+        quantized_modules(config)
+    config = describe_quantization({"a.0.up_proj": SCHEMES["W4A16"]}, [], absent_lm_head=False)
+    config["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "type": "int", "strategy": "token", "group_size": [1]}
+    with pytest.raises(CheckpointError, match="quantization_config: group_size is"):
+        quantized_modules(config)
+
+
+@pytest.mark.parametrize("pattern", ["re:(", "re:" + "(" * 5000, "re:a{99999999999}"])
+def test_a_pattern_that_cannot_be_compiled_is_refused(pattern: str) -> None:
+    config = describe_quantization({"a.0.up_proj": SCHEMES["W4A16"]}, [pattern], absent_lm_head=False)
+    with pytest.raises(CheckpointError, match="invalid regular expression"):
+        quantized_modules(config)

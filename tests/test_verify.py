@@ -72,7 +72,7 @@ Change = Callable[[dict[str, Tensor]], object]
         (
             "W4A16",
             lambda t: t.update({f"{PREFIX}.q_proj.weight": weight(128, 128)}),
-            "q_proj is stored both as weight and as weight_packed",
+            "q_proj.weight is stored twice",
         ),
         ("W4A16", lambda t: t[f"{PREFIX}.q_proj.weight_scale"].fill_(0), "q_proj.weight_scale holds 128 scales that are not finite"),
         ("W4A16", lambda t: t[f"{PREFIX}.q_proj.weight_scale"][5].fill_(float("nan")), "q_proj.weight_scale holds 1 scales"),
@@ -104,6 +104,22 @@ Change = Callable[[dict[str, Tensor]], object]
 def test_damage_that_the_headers_and_scales_show(damage: Callable[[str, Change], Path], scheme: str, change: Change, said: str) -> None:
     problems = streamquant.verify(damage(scheme, change)).problems
     assert any(said in problem for problem in problems), problems
+
+
+def test_an_index_whose_metadata_is_no_object_is_a_problem(source: Path, tmp_path: Path) -> None:
+    streamquant.convert(source, tmp_path / "out", scheme="W8A8", max_shard_size=60_000)
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"metadata": []}))
+    (problem,) = streamquant.verify(tmp_path / "out").problems
+    assert "total_size is None, the tensors have" in problem
+
+
+def test_weights_stored_otherwise_than_their_config_says_are_a_problem(source: Path, good: Callable[[str], Path], tmp_path: Path) -> None:
+    """NVFP4 shares a scale among q, k and v; FP8 with a scale for each row has none to share."""
+    out = shutil.copytree(good("FP8_DYNAMIC"), tmp_path / "out")
+    shutil.copy(good("NVFP4A16") / "config.json", out / "config.json")
+    problems = streamquant.verify(out).problems
+    assert any("q_proj: weight is F8_E4M3 [128, 128], should be missing" in problem for problem in problems), problems
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@
 FINDERS.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -111,9 +111,9 @@ def find_weights(checkpoint: Checkpoint, source: Source, *, expert_layout: str |
         module, _, role = name.rpartition(".")
         if name in item_of:
             item = item_of[name]
-            if item is not None:
-                items.setdefault(item.name, item)
-        elif role in ACTIVATION_ROLES and module in quantized:
+            if item is not None and items.setdefault(item.name, item) is not item:
+                problems.append(_twice(item.name))
+        elif role in ACTIVATION_ROLES and (module in quantized or module + WEIGHT_SUFFIX in checkpoint.tensors):
             dropped[name] = "static scale of activations"
         elif role in CACHE_ROLES and cache_scheme is None:
             dropped[name] = "scale of a quantized KV cache"
@@ -122,11 +122,14 @@ def find_weights(checkpoint: Checkpoint, source: Source, *, expert_layout: str |
         elif role in OTHER_TOOLS:
             problems.append(f"{name}: quantized by {OTHER_TOOLS[role]}, which is not read; read are {READ}")
         elif name in items:
-            problems.append(f"{module} is stored both as weight and as {', '.join(sorted(_roles(items[name])))}")
+            problems.append(_twice(name))
         elif name.endswith(WEIGHT_SUFFIX) and len(spec.shape) == 2:
             items[name] = Weight(name, spec.dtype, (spec.shape[0], spec.shape[1]), {"weight": spec})
         else:
             items[name] = spec
+    names = [name for item in items.values() for name in _names(item)] if any(isinstance(item, Stack) for item in items.values()) else []
+    if len(names) > len(set(names)):
+        problems.append(_twice(Counter(names).most_common(1)[0][0]))
     for module, parts in stray.items():
         problems.append(f"{module}: {', '.join(sorted(parts))} do not make up a weight of a kind that is read: {READ}")
     rotations = stated.get("transform_config")
@@ -155,20 +158,27 @@ def _stored_together(checkpoint: Checkpoint, hints: Hints, problems: list[str]) 
     return item_of
 
 
-def _roles(item: Item) -> list[str]:
-    return list(item.tensors) if isinstance(item, Weight) else [item.name]
+def _names(item: Item) -> list[str]:
+    return [part.name for part in (*item.weights, *item.biases) or item.tensors] if isinstance(item, Stack) else [item.name]
+
+
+def _twice(name: str) -> str:
+    return f"{name} is stored twice: plain and quantized, or by itself and in a stack of experts"
 
 
 def _stored_modules(checkpoint: Checkpoint) -> dict[str, dict[str, TensorSpec]]:
-    """The tensors, by module and last part of the name, of every module that has one which a quantized weight may have."""
+    """The tensors, by module and last part of the name, of every module that has one which a quantized weight may have.
+
+    Without those that hold nothing, which are part of no weight.
+    """
     modules: defaultdict[str, dict[str, TensorSpec]] = defaultdict(dict)
     for name, spec in checkpoint.tensors.items():
         module, _, role = name.rpartition(".")
-        if role in STORED_ROLES or role in ACTIVATION_ROLES or role in ALSO_STORED:
+        if spec.num_elements and (role in STORED_ROLES or role in ACTIVATION_ROLES or role in ALSO_STORED):
             modules[module][role] = spec
     for module, tensors in modules.items():
         weight = checkpoint.tensors.get(module + WEIGHT_SUFFIX)
-        if weight is not None:
+        if weight is not None and weight.num_elements:
             tensors["weight"] = weight
     return modules
 
@@ -183,7 +193,7 @@ def _hints(config: Mapping[str, Any] | None, stated: Mapping[str, Any], source: 
         quantization=stated,
         block=_block(stated),
         scheme_of=_reader(stated),
-        columns_of=partial(_second_number, source),
+        shape_of=partial(_read_shape, source),
         model_types=tuple(owner["model_type"] for owner in owners if isinstance(owner.get("model_type"), str)),
         expert_layout=expert_layout,
     )
@@ -215,7 +225,8 @@ def _reader(stated: Mapping[str, Any]) -> Callable[[str], Scheme | None]:
     return refuse
 
 
-def _second_number(source: Source, spec: TensorSpec) -> int:
+def _read_shape(source: Source, spec: TensorSpec) -> tuple[int, int]:
     if (spec.dtype, spec.shape) != ("I64", (2,)):
         raise CheckpointError(f"{spec.name} is {spec.dtype} {list(spec.shape)}; a shape is I64 [2]")
-    return int(read_tensor(source, spec)[1])
+    rows, columns = read_tensor(source, spec).tolist()
+    return rows, columns

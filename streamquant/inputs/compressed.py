@@ -13,14 +13,15 @@ from torch import Tensor
 
 from streamquant.checkpoint.header import TensorSpec
 from streamquant.errors import CheckpointError, RequestError
-from streamquant.inputs.weight import Hints, InputFormat, Weight
+from streamquant.inputs.weight import Hints, InputFormat, Weight, group_of_column
 from streamquant.schemes import SCHEMES, Scheme
 from streamquant.schemes.integer import ByteInt, PackedInt
 from streamquant.schemes.packing import WORD_BITS
 from streamquant.schemes.scheme import dequantize
-from streamquant.stored import stored_tensors
+from streamquant.stored import DENSE_DTYPES, stored_tensors
 
 GROUP_INDEX = "weight_g_idx"
+UNSET = -1  # in it: groups are runs of columns
 SAME_BYTES = {"U8": {"U8", "F8_E8M0"}}
 
 
@@ -48,12 +49,12 @@ class Compressed(InputFormat):
         return self.stored_by.line(role, row)
 
     def decode(self, stored: Mapping[str, Tensor], num_columns: int) -> Tensor:
-        if not self.scattered:
+        if not self.scattered or bool((stored[GROUP_INDEX] == UNSET).all()):
             return self.stored_by.decode(stored, num_columns)
         code_NK, scales = self.stored_by.unpack(stored, num_columns)
-        group_of_column = stored[GROUP_INDEX].view(-1).long()
-        zero_NK = 0.0 if scales.zero_RC is None else scales.zero_RC[:, group_of_column]
-        return (code_NK - zero_NK) * scales.scale_RC[:, group_of_column]
+        group = group_of_column(stored[GROUP_INDEX], scales.scale_RC.shape[1])
+        zero_NK = 0.0 if scales.zero_RC is None else scales.zero_RC[:, group]
+        return (code_NK - zero_NK) * scales.scale_RC[:, group]
 
     @property
     def scheme(self) -> Scheme | None:
@@ -98,9 +99,9 @@ def find_compressed(module: str, tensors: Mapping[str, TensorSpec], hints: Hints
             scheme, shape = SCHEMES["NVFP4A16"], (num_rows, 2 * width)
         case "U8", "U8" | "F8_E8M0" if packed is not None:
             scheme, shape = SCHEMES["MXFP4A16"], (num_rows, 2 * width)
-        case "F8_E4M3", "U8" | "F8_E8M0" if scale.shape == (num_rows, width // 32):
+        case "F8_E4M3", "U8" | "F8_E8M0" if width % 32 == 0 and scale.shape == (num_rows, width // 32):
             scheme, shape = SCHEMES["MXFP8A16"], (num_rows, width)
-        case "I8", "BF16" | "F16" | "F32":
+        case "I8", "BF16" | "F16" | "F32" if packed is None:
             return _bytes(module, tensors, hints)
     return None if scheme is None else _weight(module, scheme, shape, "BF16", tensors)
 
@@ -111,11 +112,22 @@ def _packed_integers(module: str, tensors: Mapping[str, TensorSpec], hints: Hint
     if not isinstance(said, PackedInt):
         found = "nothing" if said is None else said.format
         raise CheckpointError(f"{packed.name} holds integers of how many bits? quantization_config in config.json has {found} for it")
+    if scale.dtype not in DENSE_DTYPES:
+        raise CheckpointError(f"{scale.name} is {scale.dtype}; scales of packed integers are {', '.join(DENSE_DTYPES)}")
     num_columns = packed.shape[1] * WORD_BITS // said.num_bits
     if said.strategy == "group" and len(scale.shape) == 2:
         num_columns = scale.shape[1] * said.group_size
     elif "weight_shape" in tensors:  # the last word of a row may be partly filled
-        num_columns = hints.columns_of(tensors["weight_shape"])
+        num_rows, num_columns = hints.shape_of(tensors["weight_shape"])
+        if num_rows != packed.shape[0]:
+            raise CheckpointError(
+                f"{tensors['weight_shape'].name} says {[num_rows, num_columns]}; {packed.name} has {packed.shape[0]} rows"
+            )
+    num_words = -(-num_columns * said.num_bits // WORD_BITS)
+    if num_words != packed.shape[1]:
+        raise CheckpointError(
+            f"{packed.name} has {packed.shape[1]} words a row; {num_columns} columns of {said.num_bits} bits take {num_words}"
+        )
     return _weight(module, said, (packed.shape[0], num_columns), scale.dtype, tensors)
 
 
@@ -123,12 +135,15 @@ def _bytes(module: str, tensors: Mapping[str, TensorSpec], hints: Hints) -> Weig
     codes, scale, zeros = tensors["weight"], tensors["weight_scale"], tensors.get("weight_zero_point")
     num_rows, num_columns = codes.shape
     num_groups = scale.shape[-1] if len(scale.shape) == 2 else 1
-    if scale.shape[:1] != (num_rows,) or num_columns % max(num_groups, 1):
+    if scale.shape not in {(num_rows,), (num_rows, num_groups)} or num_columns % num_groups:
         raise CheckpointError(f"{scale.name} has shape {list(scale.shape)}, which does not fit int8 codes of {list(codes.shape)}")
     dtype, group_size = hints.dtype_beside(scale.dtype), num_columns // num_groups
     if zeros is not None:
-        if (zeros.dtype, zeros.shape) != ("I8", scale.shape):
-            raise CheckpointError(f"{zeros.name} is {zeros.dtype} {list(zeros.shape)}; zero points of int8 are I8 {list(scale.shape)}")
+        wanted = (num_rows, num_groups)
+        if (zeros.dtype, zeros.shape, scale.shape) != ("I8", wanted, wanted):
+            raise CheckpointError(
+                f"{zeros.name} is {zeros.dtype} {list(zeros.shape)}; zero points of int8 and their scales are {list(wanted)}"
+            )
         stored = {"weight": codes, "weight_scale": scale, "weight_zero_point": zeros}
         return Weight(f"{module}.weight", dtype, (num_rows, num_columns), stored, BytesWithZeros(group_size))
     said = hints.scheme_of(module)
@@ -153,9 +168,12 @@ def _weight(module: str, scheme: Scheme, shape: tuple[int, int], dtype: str, ten
     if wrong:
         raise CheckpointError(f"{module}: {', '.join(wrong)}")
     once = set(scheme.once(shape, torch.bfloat16, torch.ones(1) if scheme.shares_amax else None))
-    scattered = GROUP_INDEX in tensors
-    if scattered:
-        found[GROUP_INDEX] = tensors[GROUP_INDEX]
+    index = tensors.get(GROUP_INDEX)
+    scattered = index is not None
+    if index is not None:
+        if not isinstance(scheme, PackedInt) or scheme.strategy != "group" or (index.dtype, index.shape) != ("I32", (shape[1],)):
+            raise CheckpointError(f"{index.name} is {index.dtype} {list(index.shape)}; the groups of packed integers are I32 [{shape[1]}]")
+        found[GROUP_INDEX] = index
         once.add(GROUP_INDEX)
     return Weight(f"{module}.weight", dtype, shape, found, Compressed(scheme, frozenset(once), scattered))
 

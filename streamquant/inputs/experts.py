@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 from streamquant.checkpoint.header import TensorSpec
 from streamquant.errors import CheckpointError
-from streamquant.inputs.fp8 import ScaledFp8, scale_unit
+from streamquant.inputs.fp8 import SCALE_DTYPES, ScaledFp8, scale_unit
 from streamquant.inputs.mxfp4 import BLOCK_BYTES, BLOCK_ELEMENTS, MxFp4Blocks, MxFp4BlocksTransposed
 from streamquant.inputs.weight import DENSE, Dense, Hints, InputFormat, Place, Weight
+from streamquant.stored import DENSE_DTYPES
 
 LAYOUTS = ("rows", "columns", "interleaved")
 # Model type -> layouts of its files. Where there are two, shapes decide, and the first where they leave it open.
@@ -52,6 +53,10 @@ _EXPERTS = re.compile(r"((?:.*\.)?experts)\.(gate_up_proj|down_proj|fc1|fc2)(?:\
 _LINEARS = re.compile(r"((?:.*\.)?(?:block_sparse_moe|moe|mlp))\.(input_linear|output_linear)\.weight()")
 _DOWN = {"down_proj", "fc2", "output_linear"}
 ROLE_OF_PART = {"": "weight", "_blocks": "blocks", "_scales": "scales", "_scale_inv": "scale", "_bias": "bias"}
+_DIMENSIONS = {"weight": 3, "blocks": 4}
+# A matrix takes some kilobytes to plan. Real experts have megabytes, of small ones there are no more than these.
+FEW_EXPERTS = 1 << 14
+EXPERT_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +96,22 @@ def find_stacks(tensors: Iterable[TensorSpec], hints: Hints) -> list[Stack]:
         match = _EXPERTS.fullmatch(spec.name) or _LINEARS.fullmatch(spec.name)
         if match is not None:
             prefix = match[1] if match[1].endswith("experts") else f"{match[1]}.experts"
-            found.setdefault((prefix, match[2]), _Found(prefix, match[2], {})).tensors[ROLE_OF_PART[match[3]]] = spec
+            stack, role = found.setdefault((prefix, match[2]), _Found(prefix, match[2], {})), ROLE_OF_PART[match[3]]
+            if role in stack.tensors:
+                raise CheckpointError(f"{spec.name} and {stack.tensors[role].name} are the same stack of experts")
+            stack.tensors[role] = spec
         elif len(spec.shape) > 2 and not {"experts", "moe"}.isdisjoint(spec.name.split(".")):
             unknown.append(Stack(spec.name, spec.name, (), (), (spec,), (), _unknown(spec, hints)))
-    stacks = [stack for stack in found.values() if len(_main(stack).shape) > 2]
+    stacks = [stack for stack in found.values() if len(_main(stack).shape) > 2 or not stack.tensors.keys() <= {"weight", "bias"}]
+    for stack in stacks:
+        _check(stack)
+    num_experts = sum(_main(stack).shape[0] for stack in stacks)
+    num_bytes = sum(_main(stack).num_bytes for stack in stacks)
+    if num_experts > FEW_EXPERTS + num_bytes // EXPERT_BYTES:
+        raise CheckpointError(f"{_main(stacks[0]).name} and others stack {num_experts} experts in {num_bytes} bytes, too few for matrices")
     layouts = {stack.prefix: _layout(stack.prefix, stacks, hints) for stack in stacks}
-    return [_stack(stack, layouts[stack.prefix], hints) for stack in stacks] + unknown
+    problems = {stack.prefix: problem for stack in stacks if (problem := _no_values(stack))}  # of all stacks of a layer, or of none
+    return [_stack(stack, layouts[stack.prefix], problems.get(stack.prefix, ""), hints) for stack in stacks] + unknown
 
 
 def _main(stack: _Found) -> TensorSpec:
@@ -104,6 +119,27 @@ def _main(stack: _Found) -> TensorSpec:
         if role in stack.tensors:
             return stack.tensors[role]
     raise CheckpointError(f"{next(iter(stack.tensors.values())).name} is there without {stack.prefix}.{stack.leaf}")
+
+
+def _check(stack: _Found) -> None:
+    """Raise CheckpointError unless the parts of the stack go together and hold something."""
+    main, *others = (role for role in ("weight", "blocks", "scale", "scales") if role in stack.tensors)
+    spec = stack.tensors[main]
+    if others not in ([], ["scale"] if main == "weight" else ["scales"]):
+        raise CheckpointError(
+            f"{spec.name} has {', '.join(stack.tensors[role].name for role in others)} beside it, which do not go together"
+        )
+    if len(spec.shape) != _DIMENSIONS[main] or not spec.num_elements:
+        raise CheckpointError(f"{spec.name} has shape {list(spec.shape)}; a stack of experts has {_DIMENSIONS[main]} dimensions, none of 0")
+
+
+def _no_values(stack: _Found) -> str:
+    """Why the stack cannot be taken apart, if it holds codes that mean nothing by themselves."""
+    main = _main(stack)
+    if not stack.tensors.keys() <= {"weight", "bias"} or main.dtype in DENSE_DTYPES:
+        return ""
+    way_out = f"to leave the experts as they are: --ignore '{stack.prefix}'"
+    return f"{main.name} is {main.dtype} without scales; only {', '.join(DENSE_DTYPES)} can be quantized ({way_out})"
 
 
 def _unknown(spec: TensorSpec, hints: Hints) -> str:
@@ -134,15 +170,17 @@ def _layout(prefix: str, stacks: Iterable[_Found], hints: Hints) -> str | None:
 
 def _logical_shape(stack: _Found) -> tuple[int, ...]:
     main = _main(stack)
-    return (*main.shape[:2], main.shape[2] * BLOCK_ELEMENTS) if len(main.shape) == 4 else main.shape
+    return (*main.shape[:2], main.shape[2] * BLOCK_ELEMENTS) if "blocks" in stack.tensors else main.shape
 
 
-def _stack(stack: _Found, layout: str | None, hints: Hints) -> Stack:
+def _stack(stack: _Found, layout: str | None, problem: str, hints: Hints) -> Stack:
     tensors = {role: spec for role, spec in stack.tensors.items() if role != "bias"}
     main, bias = _main(stack), stack.tensors.get("bias")
     everything = tuple(stack.tensors.values())
-    if layout is None:
-        return Stack(stack.name, stack.prefix, (), (), everything, (), _unknown(main, hints))
+    if layout is None and not {"scale", "scales"}.isdisjoint(tensors):
+        raise CheckpointError(f"{main.name} is quantized, and its layout not known: state it with --expert-layout {'|'.join(LAYOUTS)}")
+    if layout is None or problem:
+        return Stack(stack.name, stack.prefix, (), (), everything, (), problem or _unknown(main, hints))
     form, dtype = _format(stack, layout, hints)
     num_experts, rows, columns = _logical_shape(stack)
     if "weight" in form.by_columns:
@@ -178,13 +216,18 @@ def _format(stack: _Found, layout: str, hints: Hints) -> tuple[InputFormat, str]
     tensors, main = stack.tensors, _main(stack)
     if "blocks" in tensors:
         scales = tensors.get("scales")
-        if layout != "interleaved" or scales is None or scales.shape != main.shape[:3] or main.shape[3:] != (BLOCK_BYTES,):
+        fits = scales is not None and scales.shape == main.shape[:3] and (main.dtype, scales.dtype) == ("U8", "U8")
+        if layout != "interleaved" or not fits or main.shape[3] != BLOCK_BYTES:
             raise CheckpointError(f"{main.name} {main.dtype} {list(main.shape)} with its scales is not stored as gpt-oss stores MXFP4")
         return MxFp4Blocks(), "BF16"
     if "scale" in tensors:
         scale = tensors["scale"]
-        if main.dtype != "F8_E4M3" or layout != "rows":
-            raise CheckpointError(f"{main.name} ({main.dtype}, {layout}) with {scale.name}: only FP8 stacked in rows is read")
+        if main.dtype != "F8_E4M3" or scale.dtype not in SCALE_DTYPES or layout != "rows":
+            raise CheckpointError(
+                f"{main.name} ({main.dtype}, {layout}) with {scale.name} ({scale.dtype}): only FP8 stacked in rows is read"
+            )
+        if scale.shape[:1] != main.shape[:1]:
+            raise CheckpointError(f"{scale.name} has shape {list(scale.shape)}: {main.name} has {main.shape[0]} experts")
         unit = scale_unit((main.shape[1], main.shape[2]), scale.shape[1:], block=hints.block, name=scale.name)
         return ScaledFp8(unit, scale.dtype), hints.dtype_beside(scale.dtype)
     return Dense(transposed=layout != "rows"), main.dtype

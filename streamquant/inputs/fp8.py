@@ -7,6 +7,7 @@
 weight = code * scale, in float32, rounded once. DeepSeek-V3 has blocks of 128 x 128; its `weight_dequant` kernel is the source.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,11 +22,13 @@ from streamquant.schemes.scheme import Scales, dequantize
 
 SCALE_ROLES = ("weight_scale_inv", "weight_scale", "scale")
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
+PER_ROW = (1, sys.maxsize)
+STRATEGIES = {None: "tensor", PER_ROW: "channel", (BLOCK, BLOCK): "block"}
 
 
 @dataclass(frozen=True, slots=True)
 class ScaledFp8(InputFormat):
-    """FP8 codes and a scale for every `unit` of rows and columns, or one for all."""
+    """FP8 codes and a scale for every `unit` of rows and columns, which may be larger than the weight, or one for all."""
 
     unit: tuple[int, int] | None
     scale_dtype: str  # of the file
@@ -34,7 +37,7 @@ class ScaledFp8(InputFormat):
     def title(self) -> str:
         if self.unit is None:
             return "FP8 per tensor"
-        return "FP8 per row" if self.unit[0] == 1 else f"FP8 in blocks of {self.unit[0]} x {self.unit[1]}"
+        return "FP8 per row" if self.unit == PER_ROW else f"FP8 in blocks of {self.unit[0]} x {self.unit[1]}"
 
     @property
     def whole(self) -> frozenset[str]:
@@ -51,16 +54,14 @@ class ScaledFp8(InputFormat):
         code_NK, scale_RC = stored["weight"].float(), scale_value(stored["scale"])
         if self.unit is None:
             return code_NK.mul_(scale_RC.view(1, 1))
-        return dequantize(code_NK, scale_RC, unit=(self.unit[0], min(self.unit[1], num_columns)))
+        return dequantize(code_NK, scale_RC, unit=(min(self.unit[0], len(code_NK)), min(self.unit[1], num_columns)))
 
     @property
     def scheme(self) -> Scheme | None:
-        strategies = {None: "tensor", 1: "channel", BLOCK: "block"}
-        rows = None if self.unit is None else self.unit[0]
-        if rows not in strategies or (rows == BLOCK and self.unit != (BLOCK, BLOCK)):
+        if self.unit not in STRATEGIES:
             return None
         kept = "weight" if self.scale_dtype in {"BF16", "F16"} else "float32"
-        return Fp8(preset=self.title, strategy=strategies[rows], scale_dtype=kept)
+        return Fp8(preset=self.title, strategy=STRATEGIES[self.unit], scale_dtype=kept)
 
     def repack(self, stored: Mapping[str, Tensor], num_columns: int, scheme: Scheme) -> dict[str, Tensor]:
         del num_columns
@@ -95,7 +96,7 @@ def scale_unit(shape: tuple[int, ...], scale_shape: tuple[int, ...], *, block: t
     if not sizes:
         return None
     if sizes == [num_rows] and scale_shape[0] == num_rows:
-        return 1, num_columns
+        return PER_ROW
     blocks = (-(-num_rows // block[0]), -(-num_columns // block[1]))
     if scale_shape in {blocks, (blocks[0], 1, blocks[1], 1)}:
         return block

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from streamquant.checkpoint.header import TensorSpec
 from streamquant.errors import CheckpointError
-from streamquant.inputs.weight import Hints, InputFormat, Weight
+from streamquant.inputs.weight import Hints, InputFormat, Weight, group_of_column
 from streamquant.schemes import Scheme
 from streamquant.schemes.integer import PackedInt
 from streamquant.schemes.packing import WORD_BITS, unpack_int32
 from streamquant.schemes.scheme import Scales, dequantize
+from streamquant.stored import DENSE_DTYPES
 
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 
@@ -60,10 +61,10 @@ class Gptq(InputFormat):
     def decode(self, stored: Mapping[str, Tensor], num_columns: int) -> Tensor:
         code_NK, scales = self._unpack(stored, num_columns)
         assert scales.zero_RC is not None
-        group_of_column = _groups(stored)
-        if group_of_column is None:
+        if "g_idx" not in stored:
             return dequantize(code_NK.float(), scales.scale_RC, zero_RC=scales.zero_RC, unit=(1, self.group_size))
-        return (code_NK.float() - scales.zero_RC[:, group_of_column]) * scales.scale_RC[:, group_of_column]
+        group = group_of_column(stored["g_idx"], scales.scale_RC.shape[1])
+        return (code_NK.float() - scales.zero_RC[:, group]) * scales.scale_RC[:, group]
 
     @property
     def scheme(self) -> Scheme | None:
@@ -75,8 +76,7 @@ class Gptq(InputFormat):
         code_NK, scales = self._unpack(stored, num_columns)
         zero_RC = scales.zero_RC
         assert zero_RC is not None
-        group_of_column = _groups(stored)
-        if group_of_column is not None and not torch.equal(group_of_column, torch.arange(num_columns) // self.group_size):
+        if "g_idx" in stored and not torch.equal(stored["g_idx"].view(-1).long(), torch.arange(num_columns) // self.group_size):
             raise CheckpointError("g_idx scatters the columns of groups, though config.json says desc_act is false; correct config.json")
         if self.symmetric and bool((zero_RC != 0).any()):
             raise CheckpointError("qzeros are not all in the middle, though config.json says sym is true; correct config.json")
@@ -91,10 +91,6 @@ class Gptq(InputFormat):
         return unpack_int32(stored["qweight"].contiguous(), self.num_bits, num_columns), Scales(scale_RC, scale_RC.float(), zero_RC)
 
 
-def _groups(stored: Mapping[str, Tensor]) -> Tensor | None:
-    return stored["g_idx"].view(-1).long() if "g_idx" in stored else None
-
-
 def find_gptq(module: str, tensors: Mapping[str, TensorSpec], hints: Hints) -> Weight | None:
     """A weight in GPTQ's layout."""
     codes, scale, zeros = tensors.get("qweight"), tensors.get("scales"), tensors.get("qzeros")
@@ -102,15 +98,16 @@ def find_gptq(module: str, tensors: Mapping[str, TensorSpec], hints: Hints) -> W
         return None
     said, order = hints.quantization, tensors.get("g_idx")
     checkpoint_format = said.get("checkpoint_format", "gptq")
-    if said.get("quant_method") != "gptq" or checkpoint_format not in ZERO_OFFSETS:
+    if said.get("quant_method") != "gptq" or not isinstance(checkpoint_format, str) or checkpoint_format not in ZERO_OFFSETS:
         raise CheckpointError(
             f"{codes.name} looks like GPTQ, but how zero points are stored is not known: quantization_config in config.json should have "
             f"quant_method gptq, checkpoint_format {' or '.join(ZERO_OFFSETS)}, and has {said.get('quant_method')}, {checkpoint_format}"
         )
-    if any(len(spec.shape) != 2 for spec in (codes, scale, zeros)) or scale.dtype not in {"F16", "BF16", "F32"}:
+    words = (codes.dtype, zeros.dtype, "I32" if order is None else order.dtype)
+    if any(len(spec.shape) != 2 for spec in (codes, scale, zeros)) or words != ("I32",) * 3 or scale.dtype not in DENSE_DTYPES:
         raise CheckpointError(f"{codes.name}, {scale.name} and {zeros.name} do not make up a weight of GPTQ")
     num_groups, num_rows = scale.shape
-    num_bits = zeros.shape[1] * WORD_BITS // max(num_rows, 1)
+    num_bits = zeros.shape[1] * WORD_BITS // num_rows
     num_columns = codes.shape[0] * WORD_BITS // max(num_bits, 1)
     fits = (
         num_bits in {2, 3, 4, 8}

@@ -57,8 +57,13 @@ def find_modelopt_nvfp4(module: str, tensors: Mapping[str, TensorSpec], hints: H
     if "weight_scale_2" not in tensors or "weight" not in tensors or tensors["weight"].dtype != "U8":
         return None
     codes, scale = tensors["weight"], tensors.get("weight_scale")
-    num_rows, num_columns = codes.shape[0], 2 * codes.shape[-1]
-    if len(codes.shape) != 2 or scale is None or (scale.dtype, scale.shape) != ("F8_E4M3", (num_rows, num_columns // GROUP)):
+    if len(codes.shape) != 2:
+        raise CheckpointError(f"{codes.name} looks like ModelOpt's NVFP4, but has shape {list(codes.shape)}; a matrix was expected")
+    num_rows, num_columns = codes.shape[0], 2 * codes.shape[1]
+    if scale is None or scale.dtype != "F8_E4M3" or scale.shape != (num_rows, num_columns // GROUP) or num_columns % GROUP:
         raise CheckpointError(f"{codes.name} looks like ModelOpt's NVFP4, but has no weight_scale in F8_E4M3, one for {GROUP} columns")
     stored = {role: tensors[role] for role in ("weight", "weight_scale", "weight_scale_2")}
+    scale_2 = stored["weight_scale_2"]
+    if scale_2.dtype != "F32" or scale_2.num_elements != 1:
+        raise CheckpointError(f"{scale_2.name} is {scale_2.dtype} {list(scale_2.shape)}; that of ModelOpt's NVFP4 is one F32")
     return Weight(f"{module}.weight", "BF16", (num_rows, num_columns), stored, ModelOptNvFp4())

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from streamquant.checkpoint.header import DTYPE_BITS, TensorSpec, tensor_bytes
 from streamquant.checkpoint.source import Source
+from streamquant.errors import CheckpointError
 from streamquant.names import WEIGHT_SUFFIX
 from streamquant.schemes import Scheme
 from streamquant.schemes.fp8 import Fp8
@@ -189,7 +190,21 @@ class Weight:
 
     def decode(self, stored: Mapping[str, Tensor]) -> Tensor:
         """The values of rows that were read: [n, K] of the weight's dtype."""
-        return self.format.decode(stored, self.shape[1]).to(TORCH_DTYPES[self.dtype])
+        return self.values(stored).to(TORCH_DTYPES[self.dtype])
+
+    def values(self, stored: Mapping[str, Tensor]) -> Tensor:
+        """The same, float32 where they are computed."""
+        try:
+            return self.format.decode(stored, self.shape[1])
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.name}: {error}") from None
+
+    def repack(self, stored: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Tensor]:
+        """The rows that were read as `scheme` stores them, with the same codes and scales."""
+        try:
+            return self.format.repack(stored, self.shape[1], scheme)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.name}: {error}") from None
 
     def _lines(self, role: str) -> tuple[int, int, int]:
         """Of a stored tensor seen as lines of elements: the first line, the number of lines, elements in a line."""
@@ -257,7 +272,7 @@ class Hints:
     quantization: Mapping[str, Any]  # quantization_config, or nothing
     block: tuple[int, int]  # of FP8 in blocks
     scheme_of: Callable[[str], Scheme | None]  # of a module, by compressed-tensors
-    columns_of: Callable[[TensorSpec], int]  # the second number in a `weight_shape`
+    shape_of: Callable[[TensorSpec], tuple[int, int]]  # what a `weight_shape` says
     model_types: tuple[str, ...]  # of the model, then of its language model
     expert_layout: str | None  # said by the user
 
@@ -273,6 +288,13 @@ def _read_dtype(dtype: str) -> torch.dtype:
 def scale_value(scale: Tensor) -> Tensor:
     """Scales as stored, of a floating point dtype or e8m0 in bytes -> float32."""
     return e8m0_value(scale.to(torch.int32)) if scale.dtype == torch.uint8 else scale.float()
+
+
+def group_of_column(index: Tensor, num_groups: int) -> Tensor:
+    """The group of each column as stored, once it is known that there are such groups."""
+    if bool(((index < 0) | (index >= num_groups)).any()):
+        raise CheckpointError(f"the group of a column is {int(index.min())} to {int(index.max())}; there are {num_groups} groups")
+    return index.view(-1).long()
 
 
 def read_tensor(source: Source, spec: TensorSpec, start: int = 0, end: int | None = None) -> Tensor:

@@ -67,6 +67,9 @@ NEED_ACTIVATION_SCALES = {"FP8": "FP8_DYNAMIC", "NVFP4": "NVFP4A16"}
 
 FORMATS = ("compressed-tensors", "fp8")
 
+# Of what a config says of weights and activations.
+_CONFIG_TYPES = {"num_bits": int, "type": str, "strategy": str, "group_size": int, "symmetric": bool, "scale_dtype": str}
+
 
 def find_scheme(
     preset: str,
@@ -126,6 +129,10 @@ def scheme_from_config(format: str, weights: Mapping[str, Any], activations: Map
 
     Raises CheckpointError for a group that none of our schemes stores.
     """
+    for args in (weights, activations or {}):
+        for key, kind in _CONFIG_TYPES.items():
+            if args.get(key) is not None and type(args[key]) is not kind:
+                raise CheckpointError(f"quantization_config: {key} is {args[key]!r}, which should be of type {kind.__name__}")
     inputs = None
     if activations is not None:
         fields = [field.name for field in dataclasses.fields(Activations)]
@@ -141,7 +148,7 @@ def scheme_from_config(format: str, weights: Mapping[str, Any], activations: Map
                     num_bits=weights["num_bits"],
                     strategy=strategy,
                     group_size=weights.get("group_size") or 128,
-                    symmetric=weights.get("symmetric", True),
+                    symmetric=weights.get("symmetric") is not False,
                     activations=inputs,
                 )
             case "float-quantized" | "naive-quantized":
