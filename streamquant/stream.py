@@ -23,6 +23,7 @@ from streamquant.inputs import Weight
 from streamquant.memory import COPY_BYTES, Memory, row_blocks, row_multiple
 from streamquant.plan import Copy, Encode, Member, Shard, Step
 from streamquant.schemes import Scheme
+from streamquant.schemes.packing import flat
 from streamquant.stored import TORCH_DTYPES
 
 
@@ -297,4 +298,4 @@ def _largest(bounds: Sequence[Tensor]) -> Tensor:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    return flat(tensor.cpu()).view(torch.uint8).numpy().data

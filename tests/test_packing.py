@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from streamquant.schemes.packing import pack_int32, pack_nibbles, unpack_int32, unpack_nibbles
+from streamquant.schemes.packing import flat, pack_int32, pack_nibbles, unpack_int32, unpack_nibbles
 from streamquant.schemes.rounding import e2m1_value
 from tests import oracles
 
@@ -68,3 +68,14 @@ def test_two_nibbles_share_a_byte_and_the_even_column_is_low(lines: int, pairs: 
     assert torch.equal(byte_Lm, pack_fp4_to_uint8(e2m1_value(nibble_Ln)))
     assert torch.equal(unpack_nibbles(byte_Lm), nibble_Ln)
     assert torch.equal(unpack_fp4_from_uint8(byte_Lm, lines, 2 * pairs, torch.float32), e2m1_value(nibble_Ln))
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride"), [((1, 1), (2, 2)), ((1, 1), (7, 3)), ((1, 4), (9, 1)), ((3, 1), (1, 5)), ((0, 2), (2, 1)), ((2, 0), (0, 1))]
+)
+def test_odd_strides_of_single_elements_do_not_matter(shape: tuple[int, int], stride: tuple[int, int]) -> None:
+    word_LW = torch.arange(100, dtype=torch.int32).as_strided(shape, stride)
+    assert torch.equal(
+        unpack_int32(word_LW, 4, 8 * shape[1]), unpack_int32(word_LW.clone(memory_format=torch.contiguous_format), 4, 8 * shape[1])
+    )
+    assert flat(word_LW).view(torch.uint8).shape == (4 * word_LW.numel(),)

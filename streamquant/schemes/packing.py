@@ -19,13 +19,20 @@ from torch import Tensor
 WORD_BITS = 32
 
 
+def flat(tensor: Tensor) -> Tensor:
+    """The elements in one dimension, a view where they are contiguous.
+
+    A single element may have any stride in what torch calls contiguous, and then no view of another dtype.
+    """
+    line = tensor.contiguous().view(-1)
+    return line.clone(memory_format=torch.contiguous_format) if line.stride(0) != 1 else line
+
+
 def pack_int32(code_Ln: Tensor, num_bits: int) -> Tensor:
     """int8 codes in [-2**(num_bits-1), 2**(num_bits-1)) -> int32 words [L, ceil(n * num_bits / 32)]."""
     lines, count = code_Ln.shape
     num_words = -(-count * num_bits // WORD_BITS)
-    # Through one dimension, because a contiguous line of one code may still have odd strides.
-    flat_Ln = code_Ln.reshape(-1).view(lines, count)
-    unsigned_Ln = flat_Ln.view(torch.uint8) + (1 << (num_bits - 1))  # wraps modulo 256
+    unsigned_Ln = flat(code_Ln).view(lines, count).view(torch.uint8) + (1 << (num_bits - 1))  # wraps modulo 256
     if 8 % num_bits == 0:
         unsigned_Ln = F.pad(unsigned_Ln, (0, -count % (WORD_BITS // num_bits)))
         while num_bits < 8:
@@ -46,7 +53,7 @@ def unpack_int32(word_LW: Tensor, num_bits: int, count: int) -> Tensor:
     """The inverse of `pack_int32`: int8 codes [L, count]."""
     mask = (1 << num_bits) - 1
     if 8 % num_bits == 0:
-        byte_Lm = word_LW.contiguous().view(torch.uint8)
+        byte_Lm = flat(word_LW).view(torch.uint8).view(len(word_LW), 4 * word_LW.shape[1])
         parts = [(byte_Lm >> shift) & mask for shift in range(0, 8, num_bits)]
         unsigned_Ln = torch.stack(parts, dim=-1).flatten(1)[:, :count]
         return (unsigned_Ln - (1 << (num_bits - 1))).view(torch.int8)  # wraps modulo 256
