@@ -301,7 +301,7 @@ FP8_ROWS = sources.fp8_rows(64, 32).tensors["weight"]
         ({"gate_up_proj": weight(2, 64, 32), "1.up_proj.weight": weight(32, 32)}, "experts.1.up_proj.weight is stored twice"),
         ({"gate_up_proj": weight(2, 64, 32), "0.up_proj.weight": weight(2, 32, 32)}, "experts.0.up_proj.weight is stored twice"),
         (
-            {"gate_up_proj.weight": weight(2, 64), "gate_up_proj_blocks": weight(2, 64, 1, 16)},
+            {"gate_up_proj.weight": weight(2, 64, 32), "gate_up_proj_blocks": weight(2, 64, 1, 16)},
             "_blocks beside it, which do not go together",
         ),
         ({"gate_up_proj": weight(2, 64, 32), "fc1": weight(2, 64, 32)}, "experts.0.gate_proj.weight is stored twice"),
@@ -321,7 +321,7 @@ def test_a_quantized_stack_of_no_known_layout_is_not_passed_through(tmp_path: Pa
     folder, _ = fp8_stack(tmp_path / "source")
     (folder / "config.json").write_text(json.dumps({"model_type": "newest_moe", **sources.FP8_CONFIG}))
     for settings in ({"scheme": "BF16"}, {"scheme": "FP8_DYNAMIC", "ignore": ["experts"]}):
-        with pytest.raises(CheckpointError, match="is quantized, and its layout not known: state it with --expert-layout"):
+        with pytest.raises(CheckpointError, match="is quantized in a layout not known: state it with --expert-layout"):
             streamquant.plan(folder, **settings)
 
 

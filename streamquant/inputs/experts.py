@@ -11,8 +11,8 @@ Legend: E experts, H hidden size, I size of an expert.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from streamquant.checkpoint.header import TensorSpec
@@ -20,6 +20,7 @@ from streamquant.errors import CheckpointError
 from streamquant.inputs.fp8 import SCALE_DTYPES, ScaledFp8, scale_unit
 from streamquant.inputs.mxfp4 import BLOCK_BYTES, BLOCK_ELEMENTS, MxFp4Blocks, MxFp4BlocksTransposed
 from streamquant.inputs.weight import DENSE, Dense, Hints, InputFormat, Place, Weight
+from streamquant.names import WEIGHT_SUFFIX
 from streamquant.stored import DENSE_DTYPES
 
 LAYOUTS = ("rows", "columns", "interleaved")
@@ -78,20 +79,52 @@ class Stack:
 
 
 class _Found(NamedTuple):
+    """The tensors of a stack."""
+
     prefix: str
     leaf: str
     tensors: dict[str, TensorSpec]  # by role
 
     @property
-    def name(self) -> str:
+    def main(self) -> TensorSpec:
+        """The tensor with the values or the codes."""
         main = self.tensors.get("weight") or self.tensors.get("blocks")
-        return main.name.removesuffix("_blocks") if main is not None else f"{self.prefix}.{self.leaf}"
+        if main is None:
+            raise CheckpointError(f"{next(iter(self.tensors.values())).name} is there without {self.prefix}.{self.leaf}")
+        return main
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its values, in three dimensions."""
+        shape = self.main.shape
+        return (*shape[:2], shape[2] * BLOCK_ELEMENTS) if "blocks" in self.tensors else shape
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it has scales."""
+        return not {"scale", "scales"}.isdisjoint(self.tensors)
 
 
 def find_stacks(tensors: Iterable[TensorSpec], hints: Hints) -> list[Stack]:
     """The stacks among the tensors. Raises CheckpointError for one whose parts or shapes contradict each other or the model type."""
+    # Ordinary matrices, most of the tensors there are, are let by before any name is looked at.
+    candidates = [spec for spec in tensors if len(spec.shape) != 2 or not spec.name.endswith(WEIGHT_SUFFIX)]
+    stacks = _gather(candidates)
+    for stack in stacks:
+        _check(stack)
+    _refuse_too_many(stacks)
+    layouts = {stack.prefix: _layout(stack.prefix, stacks, hints) for stack in stacks}
+    problems = {stack.prefix: problem for stack in stacks if (problem := _no_values(stack))}  # of all stacks of a layer, or of none
+    found = [_stack(stack, layouts[stack.prefix], problems.get(stack.prefix, ""), hints) for stack in stacks]
+    named = {spec.name for stack in stacks for spec in stack.tensors.values()}
+    others = [spec for spec in candidates if len(spec.shape) > 2 and spec.name not in named]
+    unknown = [spec for spec in others if not {"experts", "moe"}.isdisjoint(spec.name.split("."))]
+    return found + [Stack(spec.name, spec.name, (), (), (spec,), (), _unknown(spec, hints)) for spec in unknown]
+
+
+def _gather(tensors: Iterable[TensorSpec]) -> list[_Found]:
+    """The tensors of each stack whose names say what they are."""
     found: dict[tuple[str, str], _Found] = {}
-    unknown = []
     for spec in tensors:
         match = _EXPERTS.fullmatch(spec.name) or _LINEARS.fullmatch(spec.name)
         if match is not None:
@@ -100,25 +133,15 @@ def find_stacks(tensors: Iterable[TensorSpec], hints: Hints) -> list[Stack]:
             if role in stack.tensors:
                 raise CheckpointError(f"{spec.name} and {stack.tensors[role].name} are the same stack of experts")
             stack.tensors[role] = spec
-        elif len(spec.shape) > 2 and not {"experts", "moe"}.isdisjoint(spec.name.split(".")):
-            unknown.append(Stack(spec.name, spec.name, (), (), (spec,), (), _unknown(spec, hints)))
-    stacks = [stack for stack in found.values() if len(_main(stack).shape) > 2 or not stack.tensors.keys() <= {"weight", "bias"}]
-    for stack in stacks:
-        _check(stack)
-    num_experts = sum(_main(stack).shape[0] for stack in stacks)
-    num_bytes = sum(_main(stack).num_bytes for stack in stacks)
+    return [stack for stack in found.values() if len(stack.main.shape) > 2 or not stack.tensors.keys() <= {"weight", "bias"}]
+
+
+def _refuse_too_many(stacks: Sequence[_Found]) -> None:
+    """Raise CheckpointError for more experts than anybody has, each of which would take memory to plan."""
+    num_experts = sum(stack.main.shape[0] for stack in stacks)
+    num_bytes = sum(stack.main.num_bytes for stack in stacks)
     if num_experts > FEW_EXPERTS + num_bytes // EXPERT_BYTES:
-        raise CheckpointError(f"{_main(stacks[0]).name} and others stack {num_experts} experts in {num_bytes} bytes, too few for matrices")
-    layouts = {stack.prefix: _layout(stack.prefix, stacks, hints) for stack in stacks}
-    problems = {stack.prefix: problem for stack in stacks if (problem := _no_values(stack))}  # of all stacks of a layer, or of none
-    return [_stack(stack, layouts[stack.prefix], problems.get(stack.prefix, ""), hints) for stack in stacks] + unknown
-
-
-def _main(stack: _Found) -> TensorSpec:
-    for role in ("weight", "blocks"):
-        if role in stack.tensors:
-            return stack.tensors[role]
-    raise CheckpointError(f"{next(iter(stack.tensors.values())).name} is there without {stack.prefix}.{stack.leaf}")
+        raise CheckpointError(f"{stacks[0].main.name} and others stack {num_experts} experts in {num_bytes} bytes, too few for matrices")
 
 
 def _check(stack: _Found) -> None:
@@ -135,7 +158,7 @@ def _check(stack: _Found) -> None:
 
 def _no_values(stack: _Found) -> str:
     """Why the stack cannot be taken apart, if it holds codes that mean nothing by themselves."""
-    main = _main(stack)
+    main = stack.main
     if not stack.tensors.keys() <= {"weight", "bias"} or main.dtype in DENSE_DTYPES:
         return ""
     way_out = f"to leave the experts as they are: --ignore '{stack.prefix}'"
@@ -152,7 +175,7 @@ def _unknown(spec: TensorSpec, hints: Hints) -> str:
 
 def _layout(prefix: str, stacks: Iterable[_Found], hints: Hints) -> str | None:
     """The layout of the stacks of a layer; None if it is not known."""
-    shapes = {("down" if stack.leaf in _DOWN else "gate_up"): _logical_shape(stack) for stack in stacks if stack.prefix == prefix}
+    shapes = {("down" if stack.leaf in _DOWN else "gate_up"): stack.shape for stack in stacks if stack.prefix == prefix}
     known = (hints.expert_layout,) if hints.expert_layout else next((MODEL_LAYOUTS[t] for t in hints.model_types if t in MODEL_LAYOUTS), ())
     if not known:
         return None
@@ -168,52 +191,68 @@ def _layout(prefix: str, stacks: Iterable[_Found], hints: Hints) -> str | None:
     raise CheckpointError(f"{prefix}: gate_up_proj {list(gate_up)} and down_proj {list(down)} are not stacked in {' or '.join(known)}")
 
 
-def _logical_shape(stack: _Found) -> tuple[int, ...]:
-    main = _main(stack)
-    return (*main.shape[:2], main.shape[2] * BLOCK_ELEMENTS) if "blocks" in stack.tensors else main.shape
-
-
 def _stack(stack: _Found, layout: str | None, problem: str, hints: Hints) -> Stack:
-    tensors = {role: spec for role, spec in stack.tensors.items() if role != "bias"}
-    main, bias = _main(stack), stack.tensors.get("bias")
-    everything = tuple(stack.tensors.values())
-    if layout is None and not {"scale", "scales"}.isdisjoint(tensors):
-        raise CheckpointError(f"{main.name} is quantized, and its layout not known: state it with --expert-layout {'|'.join(LAYOUTS)}")
+    """The stack with its single experts, unless `problem` says why there are none."""
+    name, everything = stack.main.name.removesuffix("_blocks"), tuple(stack.tensors.values())
+    if layout is None and stack.is_quantized:
+        raise CheckpointError(f"{stack.main.name} is quantized in a layout not known: state it with --expert-layout {'|'.join(LAYOUTS)}")
     if layout is None or problem:
-        return Stack(stack.name, stack.prefix, (), (), everything, (), problem or _unknown(main, hints))
+        return Stack(name, stack.prefix, (), (), everything, (), problem or _unknown(stack.main, hints))
     form, dtype = _format(stack, layout, hints)
-    num_experts, rows, columns = _logical_shape(stack)
-    if "weight" in form.by_columns:
-        rows, columns = columns, rows
-    if bias is not None and (bias.shape != (num_experts, rows) or bias.dtype not in {"BF16", "F16", "F32"}):
-        raise CheckpointError(f"{bias.name} is {bias.dtype} {list(bias.shape)}; the bias of {main.name} has shape {[num_experts, rows]}")
+    num_experts, *sides = stack.shape
+    rows, columns = reversed(sides) if "weight" in form.by_columns else sides
+    prefix, leaves = _names(stack, hints)
+    size = _rows_of_one(stack, rows, leaves, form, interleaved=layout == "interleaved")
+    step = len(leaves) if layout == "interleaved" else 1
+    parts = [
+        (f"{prefix}.{expert}.{leaf}", Place(expert, number if step > 1 else number * size, step))
+        for expert in range(num_experts)
+        for number, leaf in enumerate(leaves)
+    ]
+    tensors = {role: spec for role, spec in stack.tensors.items() if role != "bias"}
+    weights = [Weight(f"{module}.weight", dtype, (size, columns), tensors, form, place) for module, place in parts]
+    bias = _bias(stack, rows)
+    biases = [Weight(f"{module}.bias", spec.dtype, (size, 1), {"weight": spec}, DENSE, place) for spec in bias for module, place in parts]
+    whole: list[Weight] = []
+    if isinstance(form, MxFp4Blocks):  # the plain stack is its transpose
+        turned = MxFp4BlocksTransposed()
+        whole = [Weight(name, dtype, (columns, rows), tensors, turned, Place(expert)) for expert in range(num_experts)]
+    elif stack.is_quantized:
+        whole = [Weight(name, dtype, (rows, columns), tensors, form, Place(expert)) for expert in range(num_experts)]
+    return Stack(name, prefix, tuple(weights), tuple(biases), everything, tuple(whole), "")
+
+
+def _names(stack: _Found, hints: Hints) -> tuple[str, tuple[str, ...]]:
+    """What the names of single experts begin with, and the last parts of the names of the weights that each becomes."""
     gate_up, down, owner = next((OTHER_NAMES[t] for t in hints.model_types if t in OTHER_NAMES), USUAL_NAMES)
-    leaves = (down,) if stack.leaf in _DOWN else gate_up
     prefix = stack.prefix if owner is None else re.sub(r"[^.]*\.experts$", f"{owner}.experts", stack.prefix)
-    if rows % len(leaves):
-        raise CheckpointError(f"{main.name}: {rows} rows are no pair of gate and up")
-    size, step = rows // len(leaves), len(leaves) if layout == "interleaved" else 1
-    if step == 1 and len(leaves) > 1 and size % form.row_multiple:
-        raise CheckpointError(f"{main.name}: gate and up of {size} rows share a block of {form.row_multiple} rows")
-    weights, biases = [], []
-    for expert in range(num_experts):
-        for number, leaf in enumerate(leaves):
-            place = Place(expert, number if step > 1 else number * size, step)
-            module = f"{prefix}.{expert}.{leaf}"
-            weights.append(Weight(f"{module}.weight", dtype, (size, columns), tensors, form, place))
-            if bias is not None:
-                biases.append(Weight(f"{module}.bias", bias.dtype, (size, 1), {"weight": bias}, DENSE, place))
-    whole = (
-        []
-        if isinstance(form, Dense)
-        else [_whole(stack.name, expert, dtype, (rows, columns), tensors, form) for expert in range(num_experts)]
-    )
-    return Stack(stack.name, prefix, tuple(weights), tuple(biases), everything, tuple(whole), "")
+    return prefix, (down,) if stack.leaf in _DOWN else gate_up
+
+
+def _rows_of_one(stack: _Found, rows: int, leaves: Sequence[str], form: InputFormat, *, interleaved: bool) -> int:
+    """Rows of each weight that an expert becomes."""
+    size, rest = divmod(rows, len(leaves))
+    if rest:
+        raise CheckpointError(f"{stack.main.name}: {rows} rows are no pair of gate and up")
+    if len(leaves) > 1 and not interleaved and size % form.row_multiple:
+        raise CheckpointError(f"{stack.main.name}: gate and up of {size} rows share a block of {form.row_multiple} rows")
+    return size
+
+
+def _bias(stack: _Found, rows: int) -> list[TensorSpec]:
+    """The biases of all experts, if there are any."""
+    bias = stack.tensors.get("bias")
+    if bias is None:
+        return []
+    shape = (stack.shape[0], rows)
+    if bias.shape != shape or bias.dtype not in DENSE_DTYPES:
+        raise CheckpointError(f"{bias.name} is {bias.dtype} {list(bias.shape)}; the bias of {stack.main.name} has shape {list(shape)}")
+    return [bias]
 
 
 def _format(stack: _Found, layout: str, hints: Hints) -> tuple[InputFormat, str]:
     """How the stack is stored, and the dtype of its values."""
-    tensors, main = stack.tensors, _main(stack)
+    tensors, main = stack.tensors, stack.main
     if "blocks" in tensors:
         scales = tensors.get("scales")
         fits = scales is not None and scales.shape == main.shape[:3] and (main.dtype, scales.dtype) == ("U8", "U8")
@@ -231,11 +270,3 @@ def _format(stack: _Found, layout: str, hints: Hints) -> tuple[InputFormat, str]
         unit = scale_unit((main.shape[1], main.shape[2]), scale.shape[1:], block=hints.block, name=scale.name)
         return ScaledFp8(unit, scale.dtype), hints.dtype_beside(scale.dtype)
     return Dense(transposed=layout != "rows"), main.dtype
-
-
-def _whole(name: str, expert: int, dtype: str, shape: tuple[int, int], tensors: Mapping[str, TensorSpec], form: InputFormat) -> Weight:
-    """An expert as it lies in the plain stack: gpt-oss's is transposed."""
-    weight = Weight(name, dtype, shape, tensors, form, Place(expert))
-    if isinstance(form, MxFp4Blocks):
-        return replace(weight, shape=shape[::-1], format=MxFp4BlocksTransposed())
-    return weight
