@@ -6,8 +6,8 @@ Streams: a block of rows at a time. The safetensors library, which shares no cod
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -90,7 +90,13 @@ def verify(
             return report
         with LocalSource(against) as original:
             originals = find_weights(read_checkpoint(original), original, expert_layout=expert_layout)
-            return _compare(report, inventory, source, originals, original, scheme_of, on_progress)
+            together = _plain_stacks(inventory) & _plain_stacks(originals)
+            # What looks like a scale that no output needs may be a parameter of the source.
+            others = {name: _column(checkpoint.tensors[name]) for name in inventory.dropped}
+            ours = _Side(source, _apart(inventory, together) | others)
+            theirs = _Side(original, _apart(originals, together))
+            report = replace(report, problems=[*problems, *originals.problems])
+            return _compare(report, ours, theirs, scheme_of, on_progress)
 
 
 def _nothing(module: str) -> Scheme | None:
@@ -210,38 +216,43 @@ def _fused_problems(stored: Mapping[str, Weight], scheme_of: Callable[[str], Sch
 # --- against the source ----------------------------------------------------------------------------------------------
 
 
+class _Side(NamedTuple):
+    """A checkpoint to compare, as matrices by name."""
+
+    source: Source
+    weights: Mapping[str, Weight]
+
+
 def _compare(
     report: Verification,
-    inventory: Inventory,
-    source: Source,
-    originals: Inventory,
-    original: Source,
+    ours: _Side,
+    theirs: _Side,
     scheme_of: Callable[[str], Scheme | None],
     on_progress: Callable[[str], None] | None,
 ) -> Verification:
-    plain_stacks = _plain_stacks(inventory) & _plain_stacks(originals)
-    written = _apart(inventory, plain_stacks)
-    problems, errors, num_copied = [*report.problems, *originals.problems], [], 0
-    for name, theirs in _apart(originals, plain_stacks).items():
+    """The report, with what is different from the source and the error of each quantized weight."""
+    problems, errors, num_copied = list(report.problems), [], 0
+    for name, original in theirs.weights.items():
         if on_progress is not None:
             on_progress(name)
-        ours = written.pop(name, None)
-        if ours is None:
+        written = ours.weights.get(name)
+        if written is None:
             problems.append(f"{name} of the source is missing")
-        elif ours.is_plain and theirs.is_plain and theirs.dtype == ours.dtype:
+        elif written.is_plain and original.is_plain and written.dtype == original.dtype:
             num_copied += 1
-            if not _same_bytes(ours.tensors["weight"], source, theirs.tensors["weight"], original):
+            if not _same_bytes(written.tensors["weight"], ours.source, original.tensors["weight"], theirs.source):
                 problems.append(f"{name} is neither quantized nor the same as in the source")
-        elif ours.shape != theirs.shape:
-            problems.append(f"{name} has shape {list(ours.shape)}, its source {list(theirs.shape)}")
+        elif written.shape != original.shape:
+            problems.append(f"{name} has shape {list(written.shape)}, its source {list(original.shape)}")
         else:
-            scheme = scheme_of(ours.module)
-            error = _weight_error(ours, source, theirs, original, scheme=ours.format.title if scheme is None else scheme.preset)
+            scheme = scheme_of(written.module)
+            said = written.format.title if scheme is None else scheme.preset
+            error = _weight_error(written, ours.source, original, theirs.source, scheme=said)
             errors.append(error)
             if not error.relative_error < WORSE_THAN_ZEROS:
                 problems.append(f"{name} dequantizes with a relative error of {error.relative_error:.3g}: zeros would be closer")
-    problems += [f"{name} stems from no tensor of the source" for name in written]
-    return Verification(report.out, problems, report.num_tensors, report.num_quantized, num_copied, errors)
+    problems += [f"{name} stems from no tensor of the source" for name in ours.weights if name not in theirs.weights]
+    return replace(report, problems=problems, num_copied=num_copied, errors=errors)
 
 
 def _plain_stacks(inventory: Inventory) -> set[str]:

@@ -50,7 +50,7 @@ STORED_ROLES = frozenset({
     "weight_g_idx", "qweight", "qzeros", "g_idx", "pre_quant_scale",
 })  # fmt: skip
 ALSO_STORED = frozenset({"scale", "scales"})  # names that other parameters have as well
-ACTIVATION_ROLES = frozenset({"input_scale", "input_global_scale", "input_zero_point", "output_scale"})
+ACTIVATION_ROLES = frozenset({"input_scale", "input_global_scale", "input_zero_point"})
 CACHE_ROLES = frozenset({"k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "k_zero_point", "v_zero_point"})
 OTHER_TOOLS = {
     "absmax": "bitsandbytes", "quant_map": "bitsandbytes", "SCB": "bitsandbytes", "bitsandbytes__nf4": "bitsandbytes",
@@ -104,6 +104,7 @@ def find_weights(checkpoint: Checkpoint, source: Source, *, expert_layout: str |
     cache_scheme = stated.get("kv_cache_scheme") if stated.get("quant_method") == "compressed-tensors" else None
     cache_scheme = cache_scheme if isinstance(cache_scheme, dict) else None
     quantized = {item.module for item in item_of.values() if isinstance(item, Weight)}
+    drops_cache = cache_scheme is None and bool(stated or quantized)  # in a plain checkpoint such a name is a parameter's
     items: dict[str, Item] = {}
     stray: defaultdict[str, list[str]] = defaultdict(list)
     dropped: dict[str, str] = {}
@@ -115,7 +116,7 @@ def find_weights(checkpoint: Checkpoint, source: Source, *, expert_layout: str |
                 problems.append(_twice(item.name))
         elif role in ACTIVATION_ROLES and (module in quantized or module + WEIGHT_SUFFIX in checkpoint.tensors):
             dropped[name] = "static scale of activations"
-        elif role in CACHE_ROLES and cache_scheme is None:
+        elif drops_cache and role in CACHE_ROLES:
             dropped[name] = "scale of a quantized KV cache"
         elif role in STORED_ROLES:
             stray[module].append(f"{role} {spec.dtype} {list(spec.shape)}")
