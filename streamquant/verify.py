@@ -24,7 +24,6 @@ from streamquant.schemes import Scheme
 from streamquant.stored import DENSE_DTYPES, stored_tensors
 
 SCALE_SUFFIXES = {"weight_scale", "weight_scale_inv", "weight_global_scale"}
-CODE_DTYPES = {"F8_E4M3", "I8", "U8", "I32"}  # that mean nothing without a scale
 E8M0_NAN = 255
 WORSE_THAN_ZEROS = 1.0
 
@@ -148,8 +147,6 @@ def _config_problems(checkpoint: Checkpoint, inventory: Inventory, scheme_of: Ca
         if not weight.is_quantized:
             if scheme is not None and role_of(module, weight.shape[0], facts) != "embeddings":
                 problems.append(f"{module} is stored as {weight.dtype}, but quantization_config says {scheme.preset}")
-            elif weight.dtype in CODE_DTYPES:
-                problems.append(f"{module} is stored as {weight.dtype} and has no scale")
         elif scheme is None:
             problems.append(f"{module} is stored quantized, but quantization_config leaves it alone")
         else:

@@ -557,6 +557,15 @@ def test_plain_schemes_have_no_settings(tmp_path: Path) -> None:
         streamquant.plan(source, scheme="BF16")
 
 
+def test_codes_without_scales_that_are_kept_are_copied(tmp_path: Path) -> None:
+    codes = {"model.embed_tokens.weight": torch.ones(64, 128, dtype=torch.int8), "a.weight": weight(64, 64).to(torch.float8_e4m3fn)}
+    source = write_checkpoint(tmp_path / "source", attention() | codes)
+    streamquant.convert(source, tmp_path / "out", scheme="W4A16", ignore=["a"])
+    written = read_tensors(tmp_path / "out")
+    assert all(torch.equal(bits(written[name]), bits(tensor)) for name, tensor in codes.items())
+    assert not streamquant.verify(tmp_path / "out", against=source).problems
+
+
 def test_copies_are_still_copies(tmp_path: Path) -> None:
     """A tensor of a dtype that nothing here computes with passes byte for byte (E6)."""
     odd = {"a.scale_table": torch.arange(4, dtype=torch.uint8).view(torch.float8_e8m0fnu), "a.indices": torch.arange(5)}

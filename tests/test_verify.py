@@ -86,11 +86,6 @@ Change = Callable[[dict[str, Tensor]], object]
         ),
         (
             "W8A8",
-            lambda t: t.update({"model.layers.0.mlp.gate.weight": t["model.layers.0.mlp.gate.weight"].char()}),
-            "gate is stored as I8 and has no scale",
-        ),
-        (
-            "W8A8",
             lambda t: (t.pop(f"{PREFIX}.q_proj.weight_scale"), t.update({f"{PREFIX}.q_proj.weight": weight(128, 128)})),
             "stored as BF16",
         ),
@@ -134,6 +129,11 @@ def test_weights_stored_otherwise_than_their_config_says_are_a_problem(source: P
         ("W4A16", lambda t: t["model.norm.weight"].add_(1), "model.norm.weight is neither quantized nor the same"),
         ("W4A16", lambda t: t.pop("model.norm.weight"), "model.norm.weight of the source is missing"),
         ("W4A16", lambda t: t.update({"model.extra": weight(3)}), "model.extra stems from no tensor"),
+        (
+            "W8A8",
+            lambda t: t.update({"model.layers.0.mlp.gate.weight": t["model.layers.0.mlp.gate.weight"].char()}),
+            "gate.weight dequantizes with a relative error",
+        ),
     ],
 )
 def test_damage_that_takes_the_source_to_see(
