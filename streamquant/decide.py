@@ -25,7 +25,7 @@ from streamquant.names import (
 )
 from streamquant.quantization_config import stored_like
 from streamquant.recipe import Matcher, Recipe, Rule
-from streamquant.schemes import Scheme
+from streamquant.schemes import PLAIN, Scheme
 from streamquant.schemes.plain import Plain
 from streamquant.stored import DENSE_DTYPES
 
@@ -103,9 +103,13 @@ def _decision(weight: Weight, rule: Rule | None, *, default: str | None) -> Deci
     if rule.scheme is None:
         return Keep(f"asked for by {rule.origin} {rule.pattern}", by_user=True)
     if isinstance(rule.scheme, Plain):
-        if weight.is_quantized:
-            return rule.scheme
-        return Keep("not quantized")
+        if not weight.is_quantized:
+            return Keep("not quantized")
+        if rule.scheme == PLAIN["F16"] and weight.dtype != "F16":
+            raise RequestError(
+                f"{weight.name} ({weight.format.title}) may hold numbers that float16 does not; unpack it with --scheme BF16"
+            )
+        return rule.scheme
     if default is not None:
         return Keep(default)
     if weight.dtype not in DENSE_DTYPES:

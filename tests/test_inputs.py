@@ -547,6 +547,12 @@ def test_rotated_weights_are_refused(tmp_path: Path) -> None:
         streamquant.plan(tmp_path / "source", scheme="BF16")
 
 
+def test_numbers_that_float16_may_not_hold_are_not_unpacked_to_it(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", named(sources.fp8_rows(64, 64)) | NORM)
+    with pytest.raises(RequestError, match=r"o_proj.weight \(FP8 per row\) may hold numbers that float16 does not; .* --scheme BF16"):
+        streamquant.plan(source, scheme="FP16")
+
+
 def test_plain_schemes_have_no_settings(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="BF16 has no scales, so no observer mse"):
         find_scheme("BF16", observer="mse")
@@ -555,6 +561,17 @@ def test_plain_schemes_have_no_settings(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", attention())
     with pytest.raises(RequestError, match="is quantized, so nothing would be unpacked"):
         streamquant.plan(source, scheme="BF16")
+
+
+def test_codes_that_are_no_numbers_stop_the_run_by_name(tmp_path: Path) -> None:
+    stored = sources.fp8_rows(64, 64)
+    stored.tensors["weight"].view(torch.uint8)[3, 5] = 0x7F
+    source = write_checkpoint(tmp_path / "source", named(stored) | NORM)
+    for scheme in ("BF16", "W8A8"):
+        with pytest.raises(CheckpointError, match=rf"{MODULE}.weight holds NaN or infinite weights"):
+            streamquant.convert(source, tmp_path / scheme, scheme=scheme)
+    conversion = streamquant.convert(source, tmp_path / "zeros", scheme="BF16", allow_nonfinite=True)
+    assert conversion.nonfinite == (f"{MODULE}.weight",)
 
 
 def test_codes_without_scales_that_are_kept_are_copied(tmp_path: Path) -> None:

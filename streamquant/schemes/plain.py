@@ -32,10 +32,6 @@ class Plain(Scheme):
     def unit(self, num_columns: int) -> tuple[int, int]:
         return 1, num_columns
 
-    def observe(self, weight_NK: Tensor) -> Tensor:
-        """Nothing depends on bounds."""
-        return torch.zeros((1, len(weight_NK), 1), device=weight_NK.device)
-
     def scales(self, bounds_BRC: Tensor, dtype: torch.dtype, shared: Tensor | None) -> Scales:
         del dtype, shared
         one_RC = torch.ones_like(bounds_BRC[0])
@@ -45,7 +41,7 @@ class Plain(Scheme):
         return quotient.to(self.dtype)
 
     def encode(self, weight_NK: Tensor, bounds_BRC: Tensor | None = None, *, shared: Tensor | None = None) -> dict[str, Tensor]:
-        """The weight in `dtype`; NaN and infinities stay what they are."""
+        """The weight in `dtype`."""
         del bounds_BRC, shared
         return {"weight": weight_NK.to(self.dtype)}
 
