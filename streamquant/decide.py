@@ -107,7 +107,7 @@ def _decision(weight: Weight, rule: Rule | None, *, default: str | None) -> Deci
             return Keep("not quantized")
         if rule.scheme == PLAIN["F16"] and weight.dtype != "F16":
             raise RequestError(
-                f"{weight.name} ({weight.format.title}) may hold numbers that float16 does not; unpack it with --scheme BF16"
+                f"{weight.name} ({weight.format.title}) may hold numbers that float16 does not; use --scheme BF16"
             )
         return rule.scheme
     if default is not None:
