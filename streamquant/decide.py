@@ -106,9 +106,7 @@ def _decision(weight: Weight, rule: Rule | None, *, default: str | None) -> Deci
         if not weight.is_quantized:
             return Keep("not quantized")
         if rule.scheme == PLAIN["F16"] and weight.dtype != "F16":
-            raise RequestError(
-                f"{weight.name} ({weight.format.title}) may hold numbers that float16 does not; use --scheme BF16"
-            )
+            raise RequestError(f"{weight.name} ({weight.format.title}) may hold numbers that float16 does not; use --scheme BF16")
         return rule.scheme
     if default is not None:
         return Keep(default)

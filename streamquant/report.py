@@ -212,7 +212,7 @@ def _fates(step: Step) -> list[tuple[str, str, str, str, int, int]]:
         (
             member.weight.name,
             _shape(member.weight.shape),
-            member.weight.dtype if member.weight.is_plain else member.weight.format.title,
+            member.weight.format.title if member.weight.is_quantized else member.weight.dtype,
             fate,
             member.weight.num_bytes,
             sum(spec.num_bytes for spec in member.stored),
