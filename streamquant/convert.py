@@ -48,6 +48,7 @@ class Conversion:
         """The report as plain values."""
         steps = list(self.plan.steps)
         encoded = [step for step in steps if isinstance(step, Encode)]
+        stored = [step for step in encoded if not isinstance(step.scheme, Plain)]
         return {
             "streamquant": __version__,
             "source": self.plan.checkpoint.source,
@@ -59,10 +60,11 @@ class Conversion:
             "shards": [shard.file for shard in self.plan.shards],
             "resumed_shards": self.resumed_shards,
             "predicted_memory_bytes": self.memory.peak_bytes,
-            "quantized": {
-                member.weight.name: step.scheme.preset for step in encoded for member in step.members if step.scheme.format != "dense"
-            },
+            "quantized": {member.weight.name: step.scheme.preset for step in stored for member in step.members},
+            "as_stored": [member.weight.name for step in stored if step.keeps_codes for member in step.members],
+            "unpacked": {member.weight.name: step.scheme.preset for step in encoded if step.unpacks for member in step.members},
             "kept": {step.source.name: step.reason for step in steps if isinstance(step, Copy)},
+            "dropped": dict(self.plan.dropped),
             "left_out": dict(self.plan.checkpoint.left_out),
             "nonfinite": list(self.nonfinite),
         }

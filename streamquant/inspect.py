@@ -33,6 +33,13 @@ class Inspection:
             counter[spec.dtype] += spec.num_bytes
         return dict(counter.most_common())
 
+    @property
+    def quant_method(self) -> str | None:
+        """The kind of quantization that the config names, if it names one."""
+        stated = self.checkpoint.quantization
+        method = stated.get("quant_method") if isinstance(stated, dict) else None
+        return method if isinstance(method, str) else None
+
     def to_json(self) -> dict[str, Any]:
         """The inspection as plain values."""
         config = self.checkpoint.config or {}
@@ -40,6 +47,7 @@ class Inspection:
             "source": self.checkpoint.source,
             "model_type": config.get("model_type"),
             "architectures": config.get("architectures"),
+            "quant_method": self.quant_method,
             "parameters": self.num_parameters,
             "bytes": self.num_bytes,
             "bytes_by_dtype": dict(self.bytes_by_dtype),

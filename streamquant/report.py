@@ -144,6 +144,7 @@ def inspection_lines(inspection: Inspection) -> list[str]:
         *table(("tensor", "count", "dtype", "shape", "bytes"), ((n, str(c), d, s, format_bytes(b)) for (n, d, s), (c, b) in rows.items())),
         "",
         f"model       {config.get('model_type', 'unknown')} ({', '.join(architectures) or 'no architecture named'})",
+        f"quantized   {inspection.quant_method or 'not, by its config'}",
         f"tensors     {len(checkpoint.tensors)} in {len(checkpoint.shards)} files, {inspection.num_parameters:,} parameters",
         f"size        {format_bytes(inspection.num_bytes)} ({dtypes})",
         *(f"left out    {file}: {reason}" for file, reason in checkpoint.left_out.items()),

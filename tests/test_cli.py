@@ -32,6 +32,7 @@ def test_plan_convert_verify_inspect_and_schemes_tell_what_they_did(tmp_path: Pa
     assert json.loads(verified.stdout)["problems"] == []
     assert "6,819,072 parameters" in run("inspect", WIKI_LLAMA).stdout
     assert len(json.loads(run("inspect", WIKI_LLAMA, "--json").stdout)["tensors"]) == 57
+    assert "quantized   compressed-tensors" in run("inspect", tmp_path / "out").stdout
     assert "NVFP4A16     4.50" in run("schemes").stdout
 
 

@@ -330,6 +330,17 @@ def test_a_model_stored_by_another_program_becomes_the_output_of_the_same_codes(
 # --- beside the weights ------------------------------------------------------------------------------------------------
 
 
+def test_the_report_accounts_for_every_tensor_of_a_quantized_source(tmp_path: Path) -> None:
+    tensors = named(sources.fp8_rows(64, 128)) | named(sources.fp8_tensor(64, 128), "model.layers.0.self_attn.kv_b_proj") | NORM
+    conversion = streamquant.convert(write_checkpoint(tmp_path / "source", tensors), tmp_path / "out", scheme="FP8_DYNAMIC")
+    report = conversion.to_json()
+    assert report["quantized"] == {f"{MODULE}.weight": "FP8_DYNAMIC"}
+    assert report["as_stored"] == [f"{MODULE}.weight"]
+    assert report["unpacked"] == {"model.layers.0.self_attn.kv_b_proj.weight": "BF16"}
+    assert report["kept"].keys() == NORM.keys()
+    assert report["dropped"] == {"model.layers.0.self_attn.kv_b_proj.input_scale": "static scale of activations"}
+
+
 def test_a_kept_weight_of_a_quantized_source_is_unpacked_and_said_to_be(tmp_path: Path) -> None:
     tensors = named(sources.fp8_block(256, 256, seed=1)) | named(sources.fp8_block(128, 256, seed=2), "model.layers.0.self_attn.kv_b_proj")
     source = write_checkpoint(tmp_path / "source", tensors | NORM, config=FP8_CONFIG)
