@@ -49,6 +49,7 @@ CASES: dict[str, tuple[Stored, Mapping[str, Any]]] = {
     "FP8 with a scalar scale_inv": (sources.fp8_tensor(384, 256, name="weight_scale_inv"), FP8_CONFIG),
     "FP8 per tensor": (sources.fp8_tensor(384, 256), {}),
     "FP8 per tensor, [1]": (sources.fp8_tensor(384, 256, shape=(1,)), {}),
+    "FP8 per tensor, Mistral's own": (sources.fp8_tensor(384, 256, name="qscale_weight"), {}),
     "FP8 per row": (sources.fp8_rows(384, 256), {}),
     "FP8 per row, float32 [N]": (sources.fp8_rows(384, 256, flat=True, scale_dtype=torch.float32), {}),
     "ModelOpt FP8 in blocks, 4-D": (sources.fp8_modelopt_blocks(256, 384), {}),

@@ -47,11 +47,11 @@ READ = "FP8 with scales, compressed-tensors, ModelOpt FP8 and NVFP4, AutoAWQ, GP
 # Last parts of names that only quantized weights have.
 STORED_ROLES = frozenset({
     "weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale", "weight_zero_point", "weight_shape",
-    "weight_g_idx", "qweight", "qzeros", "g_idx", "pre_quant_scale",
+    "weight_g_idx", "qweight", "qzeros", "g_idx", "pre_quant_scale", "qscale_weight",
 })  # fmt: skip
 ALSO_STORED = frozenset({"scale", "scales"})  # names that other parameters have as well
-ACTIVATION_ROLES = frozenset({"input_scale", "input_global_scale", "input_zero_point"})
-CACHE_ROLES = frozenset({"k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "k_zero_point", "v_zero_point"})
+ACTIVATION_ROLES = frozenset({"input_scale", "input_global_scale", "input_zero_point", "qscale_act"})
+CACHE_ROLES = frozenset({"k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "k_zero_point", "v_zero_point", "qscale_act"})
 OTHER_TOOLS = {
     "absmax": "bitsandbytes", "quant_map": "bitsandbytes", "SCB": "bitsandbytes", "bitsandbytes__nf4": "bitsandbytes",
     "bitsandbytes__fp4": "bitsandbytes", "W_q": "HQQ", "codebooks": "AQLM", "Qidxs": "QuIP#", "trellis": "EXL3", "q_weight": "EXL2",

@@ -1,8 +1,8 @@
-"""FP8 weights (e4m3fn) with a scale beside them: DeepSeek's, ModelOpt's and compressed-tensors'.
+"""FP8 weights (e4m3fn) with a scale beside them: DeepSeek's, ModelOpt's, Mistral's and compressed-tensors'.
 
-    weight                                   F8_E4M3 [N, K]
-    weight_scale_inv | weight_scale | scale  F32, BF16, F16 or F8_E8M0: for the tensor [] or [1], for rows [N] or [N, 1], for blocks
-                                             [ceil(N/a), ceil(K/b)] (ModelOpt: [N/a, 1, K/b, 1]); a multiplier by any of its names
+    weight              F8_E4M3 [N, K]
+    one of SCALE_ROLES  F32, BF16, F16 or F8_E8M0: for the tensor [] or [1], for rows [N] or [N, 1], for blocks
+                        [ceil(N/a), ceil(K/b)] (ModelOpt: [N/a, 1, K/b, 1]); a multiplier by any of its names
 
 weight = code * scale, in float32, rounded once. DeepSeek-V3 has blocks of 128 x 128; its `weight_dequant` kernel is the source.
 """
@@ -20,7 +20,7 @@ from streamquant.schemes import Scheme
 from streamquant.schemes.fp8 import BLOCK, Fp8
 from streamquant.schemes.scheme import Scales, dequantize
 
-SCALE_ROLES = ("weight_scale_inv", "weight_scale", "scale")
+SCALE_ROLES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 PER_ROW = (1, sys.maxsize)
 STRATEGIES = {None: "tensor", PER_ROW: "channel", (BLOCK, BLOCK): "block"}
