@@ -204,7 +204,7 @@ class _Engine:
         """Store the codes and scales that the source has."""
         weight = member.weight
         stored: dict[str, Tensor] = {}
-        for row, _, stored in self._stored_blocks(weight, start, end, scheme):
+        for row, stored in self._stored_blocks(weight, start, end, scheme):
             self._store(member, writer, row, weight.repack(stored, scheme), scheme)
         if start == 0:
             self._store_once(member, scheme, writer, weight.format.shared(stored) if scheme.shares_amax else None)
@@ -237,26 +237,24 @@ class _Engine:
     def _blocks(self, member: Member, start: int, end: int, scheme: Scheme) -> Iterator[tuple[int, Tensor]]:
         """(first row, weight_NK on the device) for blocks of the rows start..end. A block may overwrite the one before."""
         weight = member.weight
-        for row, _, stored in self._stored_blocks(weight, start, end, scheme):
+        for row, stored in self._stored_blocks(weight, start, end, scheme):
             yield row, weight.decode({role: tensor.to(self._device) for role, tensor in stored.items()})
 
-    def _stored_blocks(self, weight: Weight, start: int, end: int, scheme: Scheme) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
-        """(first row, end, what the source has of it) for blocks of the rows start..end."""
+    def _stored_blocks(self, weight: Weight, start: int, end: int, scheme: Scheme) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """(first row, what the source has of it) for blocks of the rows start..end."""
         multiple, num_columns = row_multiple(weight, scheme), weight.shape[1]
         # Several tensors, or strided ones, are read more at a time than is decoded: a line of theirs would be a few bytes.
         read_elements = self._memory.block_elements
         if not weight.is_plain:
             read_elements = self._memory.read_bytes * weight.num_elements // max(weight.num_bytes, 1)
-        for read_start, read_end in row_blocks(end - start, num_columns, row_multiple=multiple, max_elements=read_elements):
-            read_start, read_end = start + read_start, start + read_end
-            stored = weight.read(self._source, read_start, read_end, self._buffer)
+        for read in row_blocks(end - start, num_columns, row_multiple=multiple, max_elements=read_elements):
+            first, last = start + read[0], start + read[1]
+            stored = weight.read(self._source, first, last, self._buffer)
             if weight.is_plain:
-                yield read_start, read_end, stored
+                yield first, stored
                 continue
-            blocks = row_blocks(read_end - read_start, num_columns, row_multiple=multiple, max_elements=self._memory.block_elements)
-            for block_start, block_end in blocks:
-                rows = (read_start + block_start, read_start + block_end)
-                yield *rows, weight.select(stored, *rows, of_start=read_start)
+            for block in row_blocks(last - first, num_columns, row_multiple=multiple, max_elements=self._memory.block_elements):
+                yield first + block[0], weight.select(stored, first + block[0], first + block[1], of_start=first)
 
     def _buffer(self, role: str, num_bytes: int) -> Tensor:
         """Memory of this worker, used again and again."""
