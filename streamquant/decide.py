@@ -99,7 +99,7 @@ def _decision(weight: Weight, rule: Rule | None, *, default: str | None) -> Deci
     if default == EMBEDDING:  # whoever else keeps it: engines have no linear layer here that must be told
         return Keep(default)
     if rule is None:
-        return Keep("no rule asks for it", by_user=True)
+        return Keep("no rule asks for it", by_user=True) if default is None else Keep(default)
     if rule.scheme is None:
         return Keep(f"asked for by {rule.origin} {rule.pattern}", by_user=True)
     if isinstance(rule.scheme, Plain):

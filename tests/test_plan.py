@@ -213,7 +213,7 @@ def test_a_line_mixes_schemes_by_role_and_keeps_the_rest(moe: Path) -> None:
     quantized = {"FP8_BLOCK": 4, "NVFP4A16": 6}
     assert {scheme: list(found.values()).count(scheme) for scheme in quantized} == quantized
     assert found["model.layers.0.mlp.shared_expert.up_proj.weight"] == "no rule asks for it"
-    assert found["lm_head.weight"] == "no rule asks for it"
+    assert found["lm_head.weight"] == "lm_head"
 
 
 def test_a_scheme_for_a_role_that_is_kept_by_default_is_obeyed(moe: Path) -> None:
