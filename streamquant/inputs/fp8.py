@@ -9,7 +9,7 @@ weight = code * scale, in float32, rounded once. DeepSeek-V3 has blocks of 128 x
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -63,11 +63,20 @@ class ScaledFp8(InputFormat):
         kept = "weight" if self.scale_dtype in {"BF16", "F16"} else "float32"
         return Fp8(preset=self.title, strategy=STRATEGIES[self.unit], scale_dtype=kept)
 
+    def keeps_codes_of(self, asked: Scheme) -> Scheme | None:
+        """One scale for all is one for every row or block as well."""
+        native = self.scheme
+        if self.unit is None and isinstance(asked, Fp8) and isinstance(native, Fp8):
+            return replace(asked, observer="minmax", scale_dtype=native.scale_dtype)
+        return super(ScaledFp8, self).keeps_codes_of(asked)  # bare super() does not know a class with slots
+
     def repack(self, stored: Mapping[str, Tensor], num_columns: int, scheme: Scheme) -> dict[str, Tensor]:
-        del num_columns
         scale = stored["scale"]
         if self.scale_dtype == "F8_E8M0" or scheme.format == "fp8":  # native block FP8 has float32 scales
             scale = scale_value(scale)
+        if self.unit is None and not scheme.shares_amax:
+            rows, columns = scheme.unit(num_columns)
+            scale = scale.expand(-(-len(stored["weight"]) // rows), -(-num_columns // columns)).contiguous()
         return scheme.pack(stored["weight"], Scales(scale, scale))
 
     def shared(self, stored: Mapping[str, Tensor]) -> Tensor:
