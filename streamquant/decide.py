@@ -118,14 +118,16 @@ def _decision(weight: Weight, rule: Rule | None, *, default: str | None) -> Deci
 
 
 def _refuse_unknown_stacks(inventory: Inventory, recipe: Recipe, rules: Matcher, roles: Mapping[str, str | None]) -> None:
-    """Raise CheckpointError for a stack of experts that is to be quantized and of which nobody knows how to take it apart."""
+    """Raise CheckpointError for a stack of experts that is to be quantized or unpacked, and of which nobody knows how."""
     for item in inventory.items:
         if isinstance(item, Stack) and item.problem:
             module = module_name(item.name)
             index = rules.first(module, roles[module])
             asked = None if index is None else recipe.rules[index].scheme
-            if asked is not None and not isinstance(asked, Plain) and reason_to_keep(module, roles[module]) is None:
-                raise CheckpointError(item.problem)
+            is_plain = all(spec.dtype in DENSE_DTYPES for spec in item.tensors)
+            if asked is None or (isinstance(asked, Plain) and is_plain) or reason_to_keep(module, roles[module]) is not None:
+                continue
+            raise CheckpointError(item.problem)
 
 
 def _refuse_tied(facts: ModelFacts, roles: Mapping[str, str | None], decisions: Mapping[str, Decision], pointless: Sequence[str]) -> None:

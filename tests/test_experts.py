@@ -334,6 +334,15 @@ def test_codes_in_a_stack_without_scales_are_left_as_they_are_beside_one_that_is
     assert all(torch.equal(written[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in codes.items())
 
 
+def test_codes_in_a_stack_without_scales_are_not_passed_off_as_unpacked(tmp_path: Path) -> None:
+    stack = {f"{EXPERTS}.gate_up_proj": sources.fp8_rows(64, 32).tensors["weight"][None]}
+    others = {f"model.layers.0.self_attn.o_proj.{role}": tensor for role, tensor in sources.fp8_rows(64, 64).tensors.items()}
+    source_ = write_checkpoint(tmp_path / "source", stack | others, config={"model_type": "qwen3_moe"})
+    with pytest.raises(CheckpointError, match=r"gate_up_proj is F8_E4M3 without scales; .*--ignore"):
+        streamquant.plan(source_, scheme="BF16")
+    assert streamquant.plan(source_, scheme="BF16", ignore=["experts"])
+
+
 # --- memory ------------------------------------------------------------------------------------------------------------
 
 

@@ -50,11 +50,12 @@ STORED_ROLES = frozenset({
     "weight_g_idx", "qweight", "qzeros", "g_idx", "pre_quant_scale", "qscale_weight",
 })  # fmt: skip
 ALSO_STORED = frozenset({"scale", "scales"})  # names that other parameters have as well
-ACTIVATION_ROLES = frozenset({"input_scale", "input_global_scale", "input_zero_point", "qscale_act"})
+ACTIVATION_ROLES = frozenset({"input_scale", "input_global_scale", "input_zero_point", "input_scale_ub", "qscale_act"})
 CACHE_ROLES = frozenset({"k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "k_zero_point", "v_zero_point", "qscale_act"})
 OTHER_TOOLS = {
     "absmax": "bitsandbytes", "quant_map": "bitsandbytes", "SCB": "bitsandbytes", "bitsandbytes__nf4": "bitsandbytes",
     "bitsandbytes__fp4": "bitsandbytes", "W_q": "HQQ", "codebooks": "AQLM", "Qidxs": "QuIP#", "trellis": "EXL3", "q_weight": "EXL2",
+    "bitmask": "the sparsity of compressed-tensors", "centroids": "VPTQ",
 }  # fmt: skip
 DTYPE_OF = {"bfloat16": "BF16", "float16": "F16"}
 STATED_KEYS = ("quantization_config", "compression_config")
