@@ -143,7 +143,7 @@ def _refuse_tied(facts: ModelFacts, roles: Mapping[str, str | None], decisions: 
     asked = [
         module
         for module, role in roles.items()
-        if is_head_or_embedding(module, role) and not isinstance(decisions[module + WEIGHT_SUFFIX], Keep)
+        if is_head_or_embedding(module, role) and not isinstance(decisions[module + WEIGHT_SUFFIX], Keep | Plain)
     ]
     asked += [pattern for pattern in pointless if Matcher([pattern]).first("lm_head", "lm_head") is not None]
     if asked:

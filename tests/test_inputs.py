@@ -345,6 +345,13 @@ def test_the_report_accounts_for_every_tensor_of_a_quantized_source(tmp_path: Pa
     assert report["dropped"] == {"model.layers.0.self_attn.kv_b_proj.input_scale": "static scale of activations"}
 
 
+def test_the_head_of_a_tied_model_is_unpacked_if_it_is_there(tmp_path: Path) -> None:
+    tensors = named(sources.fp8_rows(64, 128), "lm_head") | {"model.embed_tokens.weight": weight(64, 128)}
+    source = write_checkpoint(tmp_path / "source", tensors, config={"tie_word_embeddings": True})
+    streamquant.convert(source, tmp_path / "out", scheme="BF16")
+    assert torch.equal(read_tensors(tmp_path / "out")["lm_head.weight"], sources.fp8_rows(64, 128).values_NK)
+
+
 def test_a_kept_weight_of_a_quantized_source_is_unpacked_and_said_to_be(tmp_path: Path) -> None:
     tensors = named(sources.fp8_block(256, 256, seed=1)) | named(sources.fp8_block(128, 256, seed=2), "model.layers.0.self_attn.kv_b_proj")
     source = write_checkpoint(tmp_path / "source", tensors | NORM, config=FP8_CONFIG)
