@@ -589,8 +589,12 @@ def test_codes_that_are_no_numbers_stop_the_run_by_name(tmp_path: Path) -> None:
     stored = sources.fp8_rows(64, 64)
     stored.tensors["weight"].view(torch.uint8)[3, 5] = 0x7F
     source = write_checkpoint(tmp_path / "source", named(stored) | NORM)
-    for scheme in ("BF16", "W8A8"):
-        with pytest.raises(CheckpointError, match=rf"{MODULE}.weight holds NaN or infinite weights"):
+    for scheme, said in (
+        ("BF16", "NaN or infinite weights"),
+        ("W8A8", "NaN or infinite weights"),
+        ("FP8_DYNAMIC", "codes or scales that are no numbers"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{MODULE}.weight holds {said}"):
             streamquant.convert(source, tmp_path / scheme, scheme=scheme)
     conversion = streamquant.convert(source, tmp_path / "zeros", scheme="BF16", allow_nonfinite=True)
     assert conversion.nonfinite == (f"{MODULE}.weight",)

@@ -27,6 +27,7 @@ from streamquant.schemes.integer import ByteInt
 from streamquant.schemes.rounding import e8m0_value
 from streamquant.stored import TORCH_DTYPES
 
+E4M3_NAN = 0x7F  # but for the sign
 Allocate = Callable[[str, int], Tensor]  # (role, bytes) -> uint8 memory to read into
 
 
@@ -202,9 +203,14 @@ class Weight:
     def repack(self, stored: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Tensor]:
         """The rows that were read as `scheme` stores them, with the same codes and scales."""
         try:
-            return self.format.repack(stored, self.shape[1], scheme)
+            repacked = self.format.repack(stored, self.shape[1], scheme)
         except CheckpointError as error:
             raise CheckpointError(f"{self.name}: {error}") from None
+        if not all(map(_is_finite, repacked.values())):
+            raise CheckpointError(
+                f"{self.name} holds codes or scales that are no numbers; --scheme BF16 --allow-nonfinite unpacks it first"
+            )
+        return repacked
 
     def _lines(self, role: str) -> tuple[int, int, int]:
         """Of a stored tensor seen as lines of elements: the first line, the number of lines, elements in a line."""
@@ -279,6 +285,12 @@ class Hints:
     def dtype_beside(self, scale_dtype: str) -> str:
         """The dtype of values that have a scale of `scale_dtype`."""
         return scale_dtype if scale_dtype in {"BF16", "F16"} else self.dtype
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.dtype == torch.float8_e4m3fn:  # has NaN and no infinities
+        return not bool(((tensor.view(torch.uint8) & E4M3_NAN) == E4M3_NAN).any())
+    return not tensor.dtype.is_floating_point or bool(tensor.isfinite().all())
 
 
 def _read_dtype(dtype: str) -> torch.dtype:
