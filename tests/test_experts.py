@@ -128,6 +128,11 @@ def test_a_layout_that_is_not_known_is_asked_for_and_not_guessed(tmp_path: Path,
     assert not streamquant.verify(tmp_path / "out", against=unknown, expert_layout="columns").problems
 
 
+def test_a_layout_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="unknown expert layout 'sideways'; known are rows, columns, interleaved"):
+        streamquant.plan(source(tmp_path / "source", "rows", "newest_moe"), scheme="W8A8", expert_layout="sideways")
+
+
 def test_shapes_that_contradict_the_model_type_are_an_error(tmp_path: Path) -> None:
     """Turned by 90 degrees, a square-looking stack would be quantized along the wrong axis."""
     with pytest.raises(CheckpointError, match=r"gate_up_proj \[3, 128, 128\] and down_proj \[3, 64, 128\] are not stacked in rows"):

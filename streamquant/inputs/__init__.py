@@ -13,7 +13,7 @@ from typing import Any
 
 from streamquant.checkpoint.header import TensorSpec
 from streamquant.checkpoint.source import Checkpoint, Source
-from streamquant.errors import CheckpointError
+from streamquant.errors import CheckpointError, RequestError
 from streamquant.inputs.awq import find_awq
 from streamquant.inputs.compressed import find_compressed
 from streamquant.inputs.experts import LAYOUTS, Stack, find_stacks
@@ -95,9 +95,11 @@ def stated_quantization(checkpoint: Checkpoint) -> Mapping[str, Any]:
 def find_weights(checkpoint: Checkpoint, source: Source, *, expert_layout: str | None = None) -> Inventory:
     """Sort the tensors of a checkpoint. Reads nothing but `weight_shape` tensors, and those only where no header tells the shape.
 
-    `expert_layout`: one of LAYOUTS, of 3-D stacks whose layout the model type does not tell. What does not fit together ends up in
-    `problems`; nothing raises.
+    `expert_layout`: one of LAYOUTS, of 3-D stacks whose layout the model type does not tell; RequestError if it is another. What does
+    not fit together ends up in `problems`.
     """
+    if expert_layout not in {None, *LAYOUTS}:
+        raise RequestError(f"unknown expert layout {expert_layout!r}; known are {', '.join(LAYOUTS)}")
     stated = stated_quantization(checkpoint)
     hints = _hints(checkpoint.config, stated, source, expert_layout)
     problems: list[str] = []
