@@ -47,14 +47,14 @@ def budget_memory(plan: Plan, *, max_bytes: int, num_workers: int, on_gpu: bool)
                     largest, culprit = min(rows, num_rows) * num_columns, member.weight.name
     block_bytes = largest * WORKING_BYTES
     read_bytes = MIN_READ_BYTES if reads_parts else 0
-    if block_bytes + read_bytes > max_bytes:
-        needed = block_bytes + read_bytes
+    needed = block_bytes + 2 * read_bytes  # as read, and turned if its rows are columns
+    if needed > max_bytes:
         raise RequestError(f"{culprit}: its smallest block takes {needed} bytes of working memory; give --max-memory {needed}")
-    num_workers = max(min(num_workers, max_bytes // (block_bytes + read_bytes)), 1)
+    num_workers = max(min(num_workers, max_bytes // needed), 1)
     left = max_bytes // num_workers - block_bytes
     if reads_parts:
-        read_bytes = max(min(left // 3, MAX_READ_BYTES), MIN_READ_BYTES)
-    keep_bytes = min(left - read_bytes, MAX_KEEP_BYTES)
+        read_bytes = max(min(left // 4, MAX_READ_BYTES), MIN_READ_BYTES)
+    keep_bytes = min(left - 2 * read_bytes, MAX_KEEP_BYTES)
     keep_bytes = keep_bytes * 4 // 5  # the rest holds what was observed of the weights
     shared = [
         sum(member.weight.decoded_bytes for member in step.members)
@@ -62,7 +62,7 @@ def budget_memory(plan: Plan, *, max_bytes: int, num_workers: int, on_gpu: bool)
         if isinstance(step, Encode) and step.scheme.shares_amax
     ]
     kept = max((num_bytes for num_bytes in shared if num_bytes <= keep_bytes), default=0)
-    return Memory(num_workers, block_elements, keep_bytes, read_bytes, num_workers * (block_bytes + read_bytes + kept * 5 // 4))
+    return Memory(num_workers, block_elements, keep_bytes, read_bytes, num_workers * (block_bytes + 2 * read_bytes + kept * 5 // 4))
 
 
 def row_multiple(weight: Weight, scheme: Scheme) -> int:
