@@ -438,7 +438,10 @@ def test_a_block_with_fewer_rows_is_fine_below_its_partners(tmp_path: Path) -> N
             {"a.weight": weight(64, 64), "a.weight_scale_inv": weight(1, 1).float()},
             r"a: weight_scale_inv F32 \[1, 1\] do not make up a weight",
         ),
-        ({"a.weight": torch.zeros(64, 1, dtype=torch.uint8), "a.weight.absmax": weight(1)}, "quantized by bitsandbytes, which is not read"),
+        (
+            {"a.weight": torch.zeros(64, 1, dtype=torch.uint8), "a.weight.absmax": weight(1)},
+            r"absmax BF16 \[1\] of bitsandbytes do not make up",
+        ),
     ],
 )
 def test_sources_that_are_not_supported_are_refused(tmp_path: Path, tensors: dict[str, Tensor], said: str) -> None:

@@ -5,7 +5,7 @@ FINDERS.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -104,9 +104,9 @@ def find_weights(checkpoint: Checkpoint, source: Source, *, expert_layout: str |
     hints = _hints(checkpoint.config, stated, source, expert_layout)
     problems: list[str] = []
     item_of = _stored_together(checkpoint, hints, problems)
+    quantized = {item.module for item in item_of.values() if isinstance(item, Weight)}
     cache_scheme = stated.get("kv_cache_scheme") if stated.get("quant_method") == "compressed-tensors" else None
     cache_scheme = cache_scheme if isinstance(cache_scheme, dict) else None
-    quantized = {item.module for item in item_of.values() if isinstance(item, Weight)}
     drops_cache = cache_scheme is None and bool(stated or quantized)  # in a plain checkpoint such a name is a parameter's
     items: dict[str, Item] = {}
     stray: defaultdict[str, list[str]] = defaultdict(list)
@@ -119,21 +119,18 @@ def find_weights(checkpoint: Checkpoint, source: Source, *, expert_layout: str |
                 problems.append(_twice(item.name))
         elif role in ACTIVATION_ROLES and (module in quantized or module + WEIGHT_SUFFIX in checkpoint.tensors):
             dropped[name] = "static scale of activations"
-        elif drops_cache and role in CACHE_ROLES:
+        elif role in CACHE_ROLES and drops_cache:
             dropped[name] = "scale of a quantized KV cache"
-        elif role in STORED_ROLES:
-            stray[module].append(f"{role} {spec.dtype} {list(spec.shape)}")
-        elif role in OTHER_TOOLS:
-            problems.append(f"{name}: quantized by {OTHER_TOOLS[role]}, which is not read; read are {READ}")
+        elif role in STORED_ROLES or role in OTHER_TOOLS:
+            by = f" of {OTHER_TOOLS[role]}" if role in OTHER_TOOLS else ""
+            stray[module].append(f"{role} {spec.dtype} {list(spec.shape)}{by}")
         elif name in items:
             problems.append(_twice(name))
         elif name.endswith(WEIGHT_SUFFIX) and len(spec.shape) == 2:
             items[name] = Weight(name, spec.dtype, (spec.shape[0], spec.shape[1]), {"weight": spec})
         else:
             items[name] = spec
-    names = [name for item in items.values() for name in _names(item)] if any(isinstance(item, Stack) for item in items.values()) else []
-    if len(names) > len(set(names)):
-        problems.append(_twice(Counter(names).most_common(1)[0][0]))
+    problems += _names_twice(items.values())
     for module, parts in stray.items():
         problems.append(f"{module}: {', '.join(sorted(parts))} do not make up a weight of a kind that is read: {READ}")
     rotations = stated.get("transform_config")
@@ -160,6 +157,15 @@ def _stored_together(checkpoint: Checkpoint, hints: Hints, problems: list[str]) 
             if weight is not None:
                 item_of.update(dict.fromkeys((spec.name for spec in weight.tensors.values()), weight))
     return item_of
+
+
+def _names_twice(items: Collection[Item]) -> list[str]:
+    """A problem if single experts have the names of those in a stack."""
+    if not any(isinstance(item, Stack) for item in items):
+        return []
+    names = Counter(name for item in items for name in _names(item))
+    name, count = names.most_common(1)[0]
+    return [_twice(name)] if count > 1 else []
 
 
 def _names(item: Item) -> list[str]:
