@@ -16,8 +16,9 @@ from streamquant.checkpoint.layout import MISTRAL_CONFIG_NAME
 from streamquant.checkpoint.source import LocalSource, read_checkpoint
 from streamquant.checkpoint.writer import ShardWriter, sync_folder, write_file
 from streamquant.errors import RequestError, StorageError, VerificationError
-from streamquant.inputs import LANGUAGE_KEYS, find_weights
+from streamquant.inputs import STATED_KEYS, find_weights
 from streamquant.memory import Memory, available_cpus, budget_memory
+from streamquant.names import LANGUAGE_KEYS
 from streamquant.plan import Copy, Encode, Plan, Shard, make_plan
 from streamquant.recipe import make_recipe
 from streamquant.schemes.plain import Plain
@@ -28,7 +29,6 @@ from streamquant.version import __version__
 DEFAULT_MAX_SHARD_SIZE: Final = "5GB"
 DEFAULT_MEMORY: Final = {"cpu": "256MiB", "cuda": "2GiB"}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-STALE_KEYS = {"quantization_config", "compression_config"}
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -334,13 +334,13 @@ def _config(the_plan: Plan) -> dict[str, Any]:
     """The config of the source, in its order, with the new description of the quantization and no other."""
     key = the_plan.checkpoint.layout.quantization_key
     config = {**(the_plan.checkpoint.config or {}), key: the_plan.quantization_config}
-    config = {name: value for name, value in config.items() if (value if name == key else name not in STALE_KEYS)}
+    config = {name: value for name, value in config.items() if (value if name == key else name not in STATED_KEYS)}
     parents = [config]
     while parents:  # of any depth, so no recursion
         parent = parents.pop()
         for name, value in parent.items():
             if isinstance(value, dict):
-                parent[name] = {inner: value[inner] for inner in value if inner not in STALE_KEYS}
+                parent[name] = {inner: value[inner] for inner in value if inner not in STATED_KEYS}
                 parents.append(parent[name])
     unpacked = {scheme.dtype for scheme in the_plan.recipe.schemes if isinstance(scheme, Plain)}
     if len(unpacked) == 1 and not the_plan.quantization_config:

@@ -20,17 +20,17 @@ from importlib.resources import files
 from typing import Any
 
 from streamquant.errors import RequestError
-from streamquant.names import MTP, ModelFacts, experts_of, fold
+from streamquant.names import MTP, ModelFacts, experts_of, fold, language_configs
 from streamquant.plan import Copy, Encode, Plan
 from streamquant.quantization_config import stored_like
 from streamquant.schemes import Scheme
 from streamquant.schemes.fp8 import NativeFp8
 from streamquant.schemes.integer import PackedInt
 from streamquant.schemes.packing import WORD_BITS
+from streamquant.schemes.plain import Plain
 
 SMALLEST_GROUP = 32  # that is offered in place of one that does not fit; smaller ones have few kernels
 KEPT = "kept"
-DENSE = "dense"  # the format of what is not quantized
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +209,7 @@ def _layers(plan: Plan) -> Counter[_Layer]:
     """The quantized layers, those that differ in nothing but numbers in their names counted together."""
     layers: Counter[_Layer] = Counter()
     for step in plan.steps:
-        if isinstance(step, Encode) and step.scheme.format != DENSE:
+        if isinstance(step, Encode) and not isinstance(step.scheme, Plain):
             names = tuple(member.module for member in step.members)
             shapes = tuple(member.weight.shape for member in step.members)
             layers[_Layer(tuple(map(fold, names)), shapes, step.scheme, experts_of(names[0]) is not None)] += 1
@@ -329,11 +329,9 @@ def _smaller_group(layer: _Layer, ranks: _Ranks) -> str:
 
 def _of_model(plan: Plan, engine: Engine) -> Iterator[Finding]:
     """Experts of models whose experts the engine does not load one by one."""
-    config = plan.checkpoint.config or {}
-    nested = config.get("text_config")
-    types = [owner.get("model_type") for owner in (config, nested if isinstance(nested, dict) else {})]
+    types = [owner.get("model_type") for owner in language_configs(plan.checkpoint.config)]
     problem = next((problem for model_type, problem in engine.models.items() if model_type in types), None)
-    owners = {(fold(owner), step.scheme.title) for step, owner in _experts(plan) if step.scheme.format != DENSE}
+    owners = {(fold(owner), step.scheme.title) for step, owner in _experts(plan) if not isinstance(step.scheme, Plain)}
     if problem is not None:
         for owner, scheme in sorted(owners):
             count = len({found for step, found in _experts(plan) if fold(found) == owner and step.scheme.title == scheme})
@@ -349,7 +347,7 @@ def _mixed_experts(plan: Plan, engine: Engine) -> Iterator[Finding]:
     alike = False
     for step, owner in _experts(plan):
         owners[fold(owner)].add(owner)
-        if step.scheme.format == DENSE:
+        if isinstance(step.scheme, Plain):
             ways[KEPT] = KEPT
         else:
             ways[stored_like(step.scheme)] = step.scheme.preset

@@ -37,6 +37,9 @@ FUSED_SETS = (
     FusedSet(("key_proj", "value_proj")),
 )
 
+# Where multimodal configs nest that of their language model.
+LANGUAGE_KEYS = ("text_config", "llm_config", "language_config")
+
 EMBEDDING = "embedding"
 MTP = "multi-token prediction"
 # Roles of modules that are kept unless asked for, with the reason that the plan gives, and all roles. Of several the first wins.
@@ -102,7 +105,7 @@ class ModelFacts:
     def from_config(cls, config: Mapping[str, Any] | None, tensors: Iterable[str] = ()) -> "ModelFacts":
         """Reads the config of the language model, which multimodal configs nest, and the names of tensors."""
         text = whole = config or {}
-        for key in ("text_config", "llm_config", "language_config"):
+        for key in LANGUAGE_KEYS:
             if isinstance(text.get(key), dict):
                 text = text[key]
         layer_keys = ("num_hidden_layers", "n_layer", "n_layers")
@@ -124,6 +127,12 @@ class ModelFacts:
         if layer is not None and self.num_layers is not None and int(layer[1]) >= self.num_layers:
             return module[: layer.end(1)]
         return next((prefix[:-1] for prefix in self.prediction_layers if module.startswith(prefix)), None)
+
+
+def language_configs(config: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """A config and those nested in it that may speak of the language model."""
+    top = config or {}
+    return [top, *(top[key] for key in LANGUAGE_KEYS if isinstance(top.get(key), dict))]
 
 
 def module_name(tensor: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from streamquant.checkpoint.header import TensorSpec, parse_object
 from streamquant.checkpoint.source import Checkpoint, LocalSource, Source, read_checkpoint
 from streamquant.errors import CheckpointError, RequestError
-from streamquant.inputs import Inventory, Stack, Weight, find_weights, read_tensor
+from streamquant.inputs import Inventory, Stack, Weight, find_weights, no_scheme, read_tensor
 from streamquant.memory import BLOCK_ELEMENTS, COPY_BYTES, row_blocks
 from streamquant.names import ModelFacts, fused_groups, role_of
 from streamquant.quantization_config import quantized_modules
@@ -75,7 +75,7 @@ def verify(
             raise RequestError(f"{out} has no {checkpoint.layout.config_name}: not a finished output")
         config = checkpoint.quantization
         try:
-            scheme_of = quantized_modules(config) if isinstance(config, dict) else _nothing
+            scheme_of = quantized_modules(config) if isinstance(config, dict) else no_scheme
         except CheckpointError as error:
             return Verification(str(out), [str(error)])
         inventory = find_weights(checkpoint, source)
@@ -96,12 +96,6 @@ def verify(
             theirs = _Side(original, _apart(originals, together))
             report = replace(report, problems=[*problems, *originals.problems])
             return _compare(report, ours, theirs, scheme_of, on_progress)
-
-
-def _nothing(module: str) -> Scheme | None:
-    """The scheme of each module where nothing is quantized."""
-    del module
-    return None
 
 
 # --- the container ---------------------------------------------------------------------------------------------------

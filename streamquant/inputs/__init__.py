@@ -21,24 +21,21 @@ from streamquant.inputs.fp8 import find_fp8
 from streamquant.inputs.gptq import find_gptq
 from streamquant.inputs.modelopt import find_modelopt_nvfp4
 from streamquant.inputs.mxfp4 import find_mxfp4
-from streamquant.inputs.weight import Dense, Hints, InputFormat, Weight, new_memory, no_scheme, read_tensor
-from streamquant.names import WEIGHT_SUFFIX
+from streamquant.inputs.weight import Hints, Weight, no_scheme, read_tensor
+from streamquant.names import WEIGHT_SUFFIX, language_configs
 from streamquant.quantization_config import quantized_modules
 from streamquant.schemes import Scheme
 from streamquant.schemes.fp8 import BLOCK
 
 __all__ = [
-    "LANGUAGE_KEYS",
     "LAYOUTS",
-    "Dense",
-    "InputFormat",
+    "STATED_KEYS",
     "Inventory",
     "Stack",
     "Weight",
     "find_weights",
-    "new_memory",
+    "no_scheme",
     "read_tensor",
-    "stated_quantization",
 ]
 
 FINDERS = (find_compressed, find_fp8, find_mxfp4, find_modelopt_nvfp4, find_awq, find_gptq)
@@ -59,7 +56,6 @@ OTHER_TOOLS = {
 }  # fmt: skip
 DTYPE_OF = {"bfloat16": "BF16", "float16": "F16"}
 STATED_KEYS = ("quantization_config", "compression_config")
-LANGUAGE_KEYS = ("text_config", "llm_config", "language_config")
 
 
 Item = Weight | Stack | TensorSpec
@@ -86,8 +82,7 @@ class Inventory:
 
 def stated_quantization(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """What the config says of how the checkpoint is quantized, at its top or in the language model's part; empty if nothing."""
-    top = checkpoint.config or {}
-    nested = [top[key] for key in LANGUAGE_KEYS if isinstance(top.get(key), dict)]
+    top, *nested = language_configs(checkpoint.config)
     said = [checkpoint.quantization, *(owner.get(key) for owner in (*nested, top) for key in STATED_KEYS)]
     return next((stated for stated in said if isinstance(stated, dict)), {})
 
@@ -194,8 +189,7 @@ def _stored_modules(checkpoint: Checkpoint) -> dict[str, dict[str, TensorSpec]]:
 
 
 def _hints(config: Mapping[str, Any] | None, stated: Mapping[str, Any], source: Source, expert_layout: str | None) -> Hints:
-    top = config or {}
-    owners = (top, *(top[key] for key in LANGUAGE_KEYS if isinstance(top.get(key), dict)))
+    owners = language_configs(config)
     said = (owner.get(key) for owner in owners for key in ("dtype", "torch_dtype"))
     dtype = next((DTYPE_OF[value] for value in said if isinstance(value, str) and value in DTYPE_OF), "BF16")
     return Hints(
