@@ -19,7 +19,8 @@ from pathlib import Path
 from measure import MEGABYTE, Measurement, measure_ok, streamquant_command
 from synthetic import llama, write_checkpoint
 
-from streamquant.checkpoint.source import LocalSource, read_checkpoint
+from streamquant.checkpoint.checkpoint import read_checkpoint
+from streamquant.checkpoint.local import LocalSource
 
 SCHEMES = ("FP8_DYNAMIC", "FP8_BLOCK", "W8A8", "W8A16", "W4A16", "W4A16_ASYM", "MXFP8", "MXFP4", "NVFP4A16")
 PEER_CODE = """

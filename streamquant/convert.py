@@ -11,9 +11,10 @@ from typing import Any, Final
 
 import torch
 
+from streamquant.checkpoint.checkpoint import read_checkpoint
 from streamquant.checkpoint.journal import RECORD_NAME, WORK_FOLDER, Journal, read_record, require_same_job
 from streamquant.checkpoint.layout import MISTRAL_CONFIG_NAME
-from streamquant.checkpoint.source import LocalSource, read_checkpoint
+from streamquant.checkpoint.local import LocalSource
 from streamquant.checkpoint.writer import ShardWriter, sync_folder, write_file
 from streamquant.errors import RequestError, StorageError, VerificationError
 from streamquant.inputs import STATED_KEYS, find_weights

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from streamquant.checkpoint.source import Checkpoint, LocalSource, read_checkpoint
+from streamquant.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from streamquant.checkpoint.local import LocalSource
 
 
 @dataclass(frozen=True, slots=True)

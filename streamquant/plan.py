@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from streamquant.checkpoint.checkpoint import Checkpoint
 from streamquant.checkpoint.header import DTYPE_BITS, TensorSpec, build_header
 from streamquant.checkpoint.layout import Layout
-from streamquant.checkpoint.source import Checkpoint
 from streamquant.decide import NOT_A_MATRIX, Decision, Keep, decide, taken_apart, way_out
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.inputs import Inventory, Stack, Weight

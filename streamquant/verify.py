@@ -13,8 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from streamquant.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from streamquant.checkpoint.header import TensorSpec, parse_object
-from streamquant.checkpoint.source import Checkpoint, LocalSource, Source, read_checkpoint
+from streamquant.checkpoint.local import LocalSource
+from streamquant.checkpoint.source import Source
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.inputs import Inventory, Stack, Weight, find_weights, no_scheme, read_tensor
 from streamquant.memory import BLOCK_ELEMENTS, COPY_BYTES, row_blocks

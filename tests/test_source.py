@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from streamquant.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from streamquant.checkpoint.layout import Layout
-from streamquant.checkpoint.source import COPY_CHUNK_BYTES, Checkpoint, LocalSource, read_checkpoint
+from streamquant.checkpoint.local import COPY_CHUNK_BYTES, LocalSource
 from streamquant.errors import CheckpointError
 from tests.checkpoints import write_mistral
 

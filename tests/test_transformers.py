@@ -35,7 +35,8 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import streamquant
-from streamquant.checkpoint.source import LocalSource, read_checkpoint
+from streamquant.checkpoint.checkpoint import read_checkpoint
+from streamquant.checkpoint.local import LocalSource
 from streamquant.inputs import Stack, find_weights
 from streamquant.schemes import SCHEMES
 from streamquant.verify import dequantize

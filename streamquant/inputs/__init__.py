@@ -11,8 +11,9 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
+from streamquant.checkpoint.checkpoint import Checkpoint
 from streamquant.checkpoint.header import TensorSpec
-from streamquant.checkpoint.source import Checkpoint, Source
+from streamquant.checkpoint.source import Source
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.inputs.awq import find_awq
 from streamquant.inputs.compressed import find_compressed

@@ -1,0 +1,136 @@
+"""What is in a checkpoint: files, headers, config.
+
+layout.py tells from the names of a source's files what they are; `read_checkpoint` reads index, config and headers.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from types import MappingProxyType
+from typing import Any
+
+from streamquant.checkpoint.header import LENGTH_BYTES, TensorSpec, header_length, parse_header, parse_object
+from streamquant.checkpoint.journal import RECORD_NAME
+from streamquant.checkpoint.layout import (
+    CONFIG_NAMES,
+    DESCRIBES_ANOTHER_QUANTIZATION,
+    QUANTIZATION_KEYS,
+    Layout,
+    layout_of_file,
+    layout_of_folder,
+    reason_to_leave_out,
+)
+from streamquant.checkpoint.source import Source
+from streamquant.errors import CheckpointError
+
+MAX_JSON_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What is in a checkpoint, from its headers and its config alone."""
+
+    source: str
+    shards: tuple[str, ...]
+    tensors: Mapping[str, TensorSpec]  # in source order
+    config: Mapping[str, Any] | None
+    side_files: tuple[str, ...]  # neither weights nor files that a conversion writes anew
+    layout: Layout = field(default_factory=Layout)
+    left_out: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))  # file -> reason
+    identity: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))  # shard -> what it changes with
+
+    @property
+    def quantization(self) -> Any:
+        """What the config says about the quantization, None if it says nothing."""
+        return (self.config or {}).get(self.layout.quantization_key)
+
+
+def read_checkpoint(source: Source) -> Checkpoint:
+    """Read headers, index and config, and check that they agree.
+
+    Raises CheckpointError if a file is missing, damaged or contradicts another.
+    """
+    sizes = source.sizes()
+    layout, shards = _lay_out(source, sizes)
+    weight_map = {} if shards else _read_index(source, layout.index_name, sizes)
+    shards = shards or tuple(sorted(set(weight_map.values())))
+    tensors: dict[str, TensorSpec] = {}
+    identity = {}
+    for shard in shards:
+        text = _read_header(source, shard, sizes[shard])
+        identity[shard] = f"{sizes[shard]} bytes, {source.stamp(shard)}, header {hashlib.sha256(text).hexdigest()}"
+        for spec in parse_header(text, file=shard, file_bytes=sizes[shard]):
+            if spec.name in tensors:
+                raise CheckpointError(f"{spec.name} is in both {tensors[spec.name].file} and {shard}")
+            tensors[spec.name] = spec
+    for name, shard in weight_map.items():
+        if name not in tensors or tensors[name].file != shard:
+            raise CheckpointError(f"{layout.index_name} places {name} in {shard}, which does not have it")
+
+    config = _read_json(source, layout.config_name, sizes[layout.config_name]) if layout.config_name in sizes else None
+    left_out = {file: reason for file in sizes if file not in shards and (reason := reason_to_leave_out(file, layout))}
+    for file in CONFIG_NAMES:
+        if file in sizes and file != layout.config_name and _describes_quantization(source, file, sizes[file]):
+            left_out[file] = DESCRIBES_ANOTHER_QUANTIZATION
+    written = {layout.config_name, layout.index_name, RECORD_NAME, *shards}
+    return Checkpoint(
+        source=source.name,
+        shards=shards,
+        tensors=MappingProxyType(tensors),
+        config=None if config is None else MappingProxyType(config),
+        side_files=tuple(file for file in sizes if file not in left_out and file not in written),
+        layout=layout,
+        left_out=MappingProxyType(left_out),
+        identity=MappingProxyType(identity),
+    )
+
+
+def _read_header(source: Source, shard: str, file_bytes: int) -> bytes:
+    prefix = bytearray(min(LENGTH_BYTES, file_bytes))
+    source.read(shard, 0, memoryview(prefix))
+    text = bytearray(header_length(bytes(prefix), file=shard, file_bytes=file_bytes))
+    source.read(shard, LENGTH_BYTES, memoryview(text))
+    return bytes(text)
+
+
+def _read_json(source: Source, file: str, num_bytes: int) -> dict[str, Any]:
+    if num_bytes > MAX_JSON_BYTES:
+        raise CheckpointError(f"{file} of {num_bytes} bytes is too large to be what its name says")
+    text = bytearray(num_bytes)
+    source.read(file, 0, memoryview(text))
+    return parse_object(bytes(text), file=file)
+
+
+def _describes_quantization(source: Source, file: str, num_bytes: int) -> bool:
+    """Whether a config that is a mere side file here, and may be anything, describes a quantization."""
+    try:
+        return bool(_read_json(source, file, num_bytes).get(QUANTIZATION_KEYS[file]))
+    except CheckpointError:
+        return False
+
+
+def _lay_out(source: Source, sizes: Mapping[str, int]) -> tuple[Layout, tuple[str, ...]]:
+    """The layout, and the shards where no index lists them."""
+    if not source.is_file:
+        return layout_of_folder(sizes, where=source.name)
+    (file,) = (name for name in sizes if name not in CONFIG_NAMES)
+    return layout_of_file(file, sizes), (file,)
+
+
+def _read_index(source: Source, index_name: str, sizes: Mapping[str, int]) -> dict[str, str]:
+    """The weight map of the index."""
+    weight_map = _read_json(source, index_name, sizes[index_name]).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index_name}: weight_map must map tensor names to file names")
+    if not weight_map:
+        raise CheckpointError(f"{index_name}: weight_map is empty")
+    for shard in sorted(set(weight_map.values())):
+        path = PurePosixPath(shard)
+        if path.is_absolute() or ".." in path.parts or "\\" in shard or "\0" in shard:
+            raise CheckpointError(f"{index_name} names {shard!r}, which leaves the folder")
+        if not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{index_name} names {shard!r}, which is not a .safetensors file")
+        if shard not in sizes:
+            raise CheckpointError(f"{index_name} names {shard}, which is not in {source.name}; is the download complete?")
+    return weight_map

@@ -1,0 +1,105 @@
+"""A checkpoint on a file system."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import Self
+
+from streamquant.checkpoint.layout import CONFIG_NAMES, layout_of_file
+from streamquant.errors import CheckpointError
+
+COPY_CHUNK_BYTES = 8 << 20
+SKIPPED_FOLDERS = {".git", ".cache", ".streamquant"}
+
+
+class LocalSource:
+    """A directory, or one safetensors file with the config beside it. Reads with pread and maps nothing."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        path = Path(path)
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist; SOURCE is a local directory or a .safetensors file")
+        self.name = str(path)
+        self.is_file = not path.is_dir()
+        if self.is_file and path.suffix != ".safetensors":
+            raise CheckpointError(f"{path} is not a .safetensors file; SOURCE is a local directory or a .safetensors file")
+        self.folder = path.parent if self.is_file else path
+        self._file = path.name
+        self._descriptors: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every file opened for reading."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every regular file; links to files are followed (the Hub cache is made of them), links to folders are not."""
+        if self.is_file:
+            configs = [name for name in CONFIG_NAMES if (self.folder / name).is_file()]
+            config = layout_of_file(self._file, configs).config_name
+            return {name: _size(self.folder / name) for name in (self._file, *configs) if name in {self._file, config}}
+        sizes = {}
+        for folder, subfolders, files in os.walk(self.folder, onerror=_raise):
+            subfolders[:] = sorted(set(subfolders) - SKIPPED_FOLDERS)
+            for name in sorted(files):
+                path = Path(folder, name)
+                sizes[path.relative_to(self.folder).as_posix()] = _size(path)
+        return sizes
+
+    def stamp(self, file: str) -> str:
+        """The modification time in nanoseconds."""
+        return str((self.folder / file).stat().st_mtime_ns)
+
+    def read(self, file: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes from `start` on. Safe to call from several threads."""
+        filled = 0
+        while filled < len(buffer):
+            count = os.preadv(self._open(file), [buffer[filled:]], start + filled)
+            if count == 0:
+                raise CheckpointError(f"{file} ends at byte {start + filled}; it was longer when its header was read")
+            filled += count
+
+    def copy(self, file: str, start: int, num_bytes: int, target: int, target_start: int) -> None:
+        """Copy in the kernel where the file systems can, through a small buffer where they cannot."""
+        source, copied = self._open(file), 0
+        while copied < num_bytes:
+            chunk = min(num_bytes - copied, COPY_CHUNK_BYTES)
+            try:
+                count = os.copy_file_range(source, target, chunk, start + copied, target_start + copied)
+            except OSError as error:
+                if error.errno not in {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}:
+                    raise
+                count = os.pwrite(target, os.pread(source, chunk, start + copied), target_start + copied)
+            if count == 0:
+                raise CheckpointError(f"{file} ends at byte {start + copied}; it was longer when its header was read")
+            copied += count
+
+    def _open(self, file: str) -> int:
+        descriptor = self._descriptors.get(file)
+        if descriptor is None:
+            opened = os.open(self.folder / file, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = self._descriptors.setdefault(file, opened)
+            if descriptor != opened:  # another thread was first
+                os.close(opened)
+        return descriptor
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _size(path: Path) -> int:
+    try:
+        status = path.stat()
+    except OSError as error:  # a link to nothing, to itself, to where we may not look
+        raise CheckpointError(f"{path} leads to no file: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path} is not a regular file")
+    return status.st_size
