@@ -10,7 +10,7 @@ Scheme functions on plain tensors: `streamquant.schemes`.
 
 from streamquant import engines
 from streamquant.convert import Conversion, convert, plan
-from streamquant.errors import CheckpointError, RequestError, StorageError, StreamquantError, VerificationError
+from streamquant.errors import CheckpointError, NetworkError, RequestError, StorageError, StreamquantError, VerificationError
 from streamquant.inspect import Inspection, inspect
 from streamquant.plan import Plan
 from streamquant.stream import Progress
@@ -21,6 +21,7 @@ __all__ = [
     "CheckpointError",
     "Conversion",
     "Inspection",
+    "NetworkError",
     "Plan",
     "Progress",
     "RequestError",

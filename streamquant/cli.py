@@ -3,6 +3,7 @@
 import gc
 import inspect as introspection
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -26,10 +27,12 @@ from streamquant.stream import OnProgress, Progress
 LINE_SECONDS = 5.0  # between progress lines where there is no terminal
 GC_THRESHOLD = 1_000_000
 EXIT_IO = 4
+EXIT_TERMINATED = 75  # EX_TEMPFAIL of sysexits.h: try again
 EXIT_INTERRUPTED = 130
 
 Command = Callable[..., None]
 
+REVISION = click.option("--revision", metavar="REV", help="Branch, tag or commit of a SOURCE on the Hub; the default branch if not given.")
 EXPERT_LAYOUT = click.option(
     "--expert-layout", type=click.Choice(LAYOUTS), help="How experts are stacked in 3-D, where the model type does not tell."
 )
@@ -42,6 +45,7 @@ def _default(name: str) -> Any:
 def _recipe_options(command: Command) -> Command:
     """The options that decide what a conversion does, shared by `convert` and `plan`."""
     options = [
+        REVISION,
         click.option(
             "--scheme",
             metavar="SCHEME",
@@ -93,6 +97,8 @@ def cli() -> None:
 @_recipe_options
 @_machine_options
 @click.option("--allow-nonfinite", is_flag=True, help="Store NaN and infinite weights as zeros instead of stopping.")
+@click.option("--cache", is_flag=True, help="Download a SOURCE on the Hub into its cache instead of streaming it.")
+@click.option("--restart", is_flag=True, help="Discard what an unfinished run of another job has written into OUT.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--report", "report_file", metavar="FILE.json", help="Write what was done to a JSON file.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
@@ -103,7 +109,8 @@ def convert(source: str, out: str, *, dry_run: bool, report_file: str | None, qu
     """
     if dry_run:
         machine = {name: options.pop(name) for name in ("device", "max_memory", "threads")}
-        del options["allow_nonfinite"]
+        for name in ("allow_nonfinite", "cache", "restart"):
+            del options[name]
         _print_plan(source, as_json=False, machine=machine, options=options)
         return
     with _ProgressBar(silent=quiet) as on_progress:
@@ -167,21 +174,25 @@ def _print_plan(
 
 @cli.command()
 @click.argument("source")
+@REVISION
 @click.option("--json", "as_json", is_flag=True, help="Every tensor, as JSON.")
-def inspect(source: str, *, as_json: bool) -> None:
+def inspect(source: str, *, revision: str | None, as_json: bool) -> None:
     """Show what is in a checkpoint, from its headers."""
-    inspection = streamquant.inspect(source)
+    inspection = streamquant.inspect(source, revision=revision)
     click.echo(json.dumps(inspection.to_json()) if as_json else "\n".join(report.inspection_lines(inspection)))
 
 
 @cli.command()
 @click.argument("out")
 @click.option("--against", metavar="SOURCE", help="Also compare every tensor with its source.")
+@REVISION
 @EXPERT_LAYOUT
 @click.option("--json", "as_json", is_flag=True, help="Every tensor, as JSON.")
-def verify(out: str, *, against: str | None, expert_layout: str | None, as_json: bool) -> None:
-    """Check a quantized checkpoint: inventory, index, shapes, scales; exit 6 if anything is off."""
-    result = streamquant.verify(out, against=against, expert_layout=expert_layout)
+def verify(out: str, *, against: str | None, revision: str | None, expert_layout: str | None, as_json: bool) -> None:
+    """Check a quantized checkpoint: inventory, index, shapes, scales, checksums; exit 6 if anything is off."""
+    if revision is not None and against is None:
+        raise RequestError(f"--revision {revision} is one of a source; say of which with --against")
+    result = streamquant.verify(out, against=against, revision=revision, expert_layout=expert_layout)
     click.echo(json.dumps(result.to_json()) if as_json else "\n".join(report.verification_lines(result)))
     if result.problems:
         raise streamquant.VerificationError(f"{out}: {len(result.problems)} problems")
@@ -229,6 +240,7 @@ def main() -> None:
     # A plan is millions of objects that all live; looking for garbage among them takes half of the time of planning.
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         cli(standalone_mode=False)
     except StreamquantError as error:
@@ -238,8 +250,20 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted; the same command goes on where it was", EXIT_INTERRUPTED)
+    except _Terminated:
+        _fail("stopped by SIGTERM; the same command goes on where it was", EXIT_TERMINATED)
     except OSError as error:
         _fail(f"{error.filename or 'reading or writing'}: {error.strerror or error}", EXIT_IO)
+
+
+class _Terminated(BaseException):
+    """SIGTERM came. As with KeyboardInterrupt, what is being worked on is finished and noted on the way out."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    del frame
+    signal.signal(number, signal.SIG_IGN)
+    raise _Terminated
 
 
 def _fail(message: str, exit_code: int) -> None:

@@ -1,29 +1,29 @@
 """The use cases: convert a checkpoint, and plan that without doing it."""
 
-import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from streamquant.checkpoint.checkpoint import read_checkpoint
-from streamquant.checkpoint.journal import RECORD_NAME, WORK_FOLDER, Journal, read_record, require_same_job
+from streamquant.checkpoint.checkpoint import read_checkpoint, require_unchanged
+from streamquant.checkpoint.journal import WORK_FOLDER, Journal
 from streamquant.checkpoint.layout import MISTRAL_CONFIG_NAME
 from streamquant.checkpoint.local import LocalSource
-from streamquant.checkpoint.writer import ShardWriter, sync_folder, write_file
-from streamquant.errors import RequestError, StorageError, VerificationError
-from streamquant.inputs import STATED_KEYS, find_weights
+from streamquant.checkpoint.open_source import open_source
+from streamquant.checkpoint.source import Source
+from streamquant.errors import RequestError, VerificationError
+from streamquant.inputs import find_weights
 from streamquant.memory import Memory, available_cpus, budget_memory
-from streamquant.names import LANGUAGE_KEYS
-from streamquant.plan import Copy, Encode, Plan, Shard, make_plan
-from streamquant.recipe import make_recipe
+from streamquant.output import files_of, finish, is_done, is_finished, job_of, require_space
+from streamquant.plan import Copy, Encode, Plan, make_plan
+from streamquant.recipe import Recipe, make_recipe
 from streamquant.schemes.plain import Plain
-from streamquant.stream import OnProgress, stream_shards
+from streamquant.stream import OnProgress, spool_bytes, stream_shards
 from streamquant.verify import verify
 from streamquant.version import __version__
 
@@ -76,6 +76,7 @@ class Conversion:
 def plan(
     source: str | os.PathLike[str],
     *,
+    revision: str | None = None,
     scheme: str | None = None,
     recipe: str | os.PathLike[str] | None = None,
     ignore: Sequence[str] = (),
@@ -93,34 +94,36 @@ def plan(
 
     Raises RequestError for a wish that cannot be met, CheckpointError for a source that is damaged or not supported.
     """
-    settings = {
-        "observer": observer,
-        "group_size": group_size,
-        "symmetric": symmetric,
-        "strategy": strategy,
-        "scale_dtype": scale_dtype,
-    }
     wish = make_recipe(
         scheme=scheme,
         recipe=None if recipe is None else Path(recipe),
         ignore=ignore,
         include=include,
         format=format,
-        **settings,
+        observer=observer,
+        group_size=group_size,
+        symmetric=symmetric,
+        strategy=strategy,
+        scale_dtype=scale_dtype,
     )
+    with open_source(source, revision=revision) as opened:
+        return _plan(opened, wish, format=format, expert_layout=expert_layout, max_shard_size=max_shard_size)
+
+
+def _plan(source: Source, wish: Recipe, *, format: str, expert_layout: str | None, max_shard_size: str | int) -> Plan:
     max_shard_bytes = parse_size(max_shard_size)
-    with LocalSource(source) as opened:
-        checkpoint = read_checkpoint(opened)
-        if format != "compressed-tensors" and checkpoint.layout.config_name == MISTRAL_CONFIG_NAME:
-            raise RequestError(f"{MISTRAL_CONFIG_NAME} describes compressed-tensors only; leave out --format {format}")
-        inventory = find_weights(checkpoint, opened, expert_layout=expert_layout)
-        return make_plan(checkpoint, inventory, wish, max_shard_bytes=max_shard_bytes)
+    checkpoint = read_checkpoint(source)
+    if format != "compressed-tensors" and checkpoint.layout.config_name == MISTRAL_CONFIG_NAME:
+        raise RequestError(f"{MISTRAL_CONFIG_NAME} describes compressed-tensors only; leave out --format {format}")
+    inventory = find_weights(checkpoint, source, expert_layout=expert_layout)
+    return make_plan(checkpoint, inventory, wish, max_shard_bytes=max_shard_bytes)
 
 
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    revision: str | None = None,
     scheme: str | None = None,
     recipe: str | os.PathLike[str] | None = None,
     ignore: Sequence[str] = (),
@@ -137,10 +140,13 @@ def convert(
     max_memory: str | int | None = None,
     threads: int | None = None,
     allow_nonfinite: bool = False,
+    cache: bool = False,
+    restart: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Conversion:
     """Quantize the checkpoint `source`, a directory or a .safetensors file, into the new directory `out`.
 
+    revision: branch, tag or commit of a source on the Hub; pinned to the commit when the conversion begins.
     scheme: preset (see `streamquant schemes`; "BF16" unpacks a quantized source) for every linear weight that is not kept, or several
     by role or pattern
         ("experts=NVFP4A16,attention=FP8_BLOCK"); or None, with a `recipe`.
@@ -155,60 +161,62 @@ def convert(
     max_memory: working memory on top of the interpreter; None: 256MiB, with a GPU 2GiB.
     threads: workers; None: one for each processor that this process may use.
     allow_nonfinite: store NaN and infinite weights as zeros instead of stopping.
+    cache: download a source on the Hub into its ordinary cache first, instead of streaming it.
+    restart: discard what an unfinished run of another job has written into `out`.
     on_progress: called from worker threads, one call at a time.
 
-    A run that was killed goes on when called again with the same arguments, at the shard where it was. `out` gets its
+    A run that was killed goes on when called again with the same arguments, at the tensor where it was. `out` gets its
     index and config last, so no half-written folder loads. Raises a StreamquantError, whose subclasses say whose fault it was;
     VerificationError means that the finished output does not read back as planned.
     """
     started = time.monotonic()
     out = Path(out)
     checked_device = resolve_device(device)
-    the_plan = plan(
-        source,
+    wish = make_recipe(
         scheme=scheme,
-        recipe=recipe,
+        recipe=None if recipe is None else Path(recipe),
         ignore=ignore,
         include=include,
+        format=format,
         observer=observer,
         group_size=group_size,
         symmetric=symmetric,
         strategy=strategy,
         scale_dtype=scale_dtype,
-        format=format,
-        expert_layout=expert_layout,
-        max_shard_size=max_shard_size,
     )
-    memory = plan_memory(the_plan, device=checked_device, max_memory=max_memory, threads=threads)
-    job = _job(the_plan, allow_nonfinite=allow_nonfinite)
-    with LocalSource(source) as opened:
-        _refuse_overlap(opened.folder, out)
+    with open_source(source, revision=revision, cache=cache) as opened:
+        the_plan = _plan(opened, wish, format=format, expert_layout=expert_layout, max_shard_size=max_shard_size)
+        memory = plan_memory(the_plan, device=checked_device, max_memory=max_memory, threads=threads)
+        job = job_of(the_plan, allow_nonfinite=allow_nonfinite)
+        if isinstance(opened, LocalSource):
+            _refuse_overlap(opened.folder, out)
         nonfinite: list[str] = []
         resumed = len(the_plan.shards)
-        if not _is_finished(out, job):
-            work = _claim(out)
-            with Journal(work, job) as journal:
-                todo = [shard for shard in the_plan.shards if not _is_done(shard, out, journal)]
+        work = out / WORK_FOLDER
+        if not is_finished(out, job):
+            work.mkdir(parents=True, exist_ok=True)
+            with Journal(work, job, files=files_of(the_plan), restart=restart) as journal:
+                todo = [shard for shard in the_plan.shards if not is_done(shard, out, journal)]
                 resumed = len(the_plan.shards) - len(todo)
-                _require_space(out, todo)
-
-                def publish(shard: Shard, writer: ShardWriter) -> None:
-                    writer.publish(out / shard.file)
-                    journal.record(shard.file)
-
-                nonfinite = stream_shards(
+                require_space(todo, out=out, work=work, temporary_bytes=spool_bytes(todo, memory))
+                stream_shards(
                     todo,
                     opened,
+                    out=out,
                     work=work,
-                    publish=publish,
+                    journal=journal,
                     memory=memory,
                     device=checked_device,
                     allow_nonfinite=allow_nonfinite,
                     on_progress=on_progress,
                 )
-                _finish(the_plan, opened, out, work, job)
+                require_unchanged(the_plan.checkpoint, opened)
+                finish(the_plan, opened, out=out, work=work, job=job, journal=journal)
+                nonfinite = sorted(journal.nonfinite)
+                shutil.rmtree(work)
+        elif work.is_dir():  # killed while it was being removed
             shutil.rmtree(work)
-    report = verify(out)
+    report = verify(out, checksums=False)  # they stem from the bytes just written
     if report.problems:
         more = f" (and {len(report.problems) - 1} more; see `streamquant verify {out}`)" if len(report.problems) > 1 else ""
         raise VerificationError(f"{out} does not read back as planned: {report.problems[0]}{more}")
@@ -228,7 +236,13 @@ def plan_memory(the_plan: Plan, *, device: torch.device, max_memory: str | int |
     if threads is not None and threads < 1:
         raise RequestError(f"{threads} threads are too few; at least 1")
     max_bytes = parse_size(DEFAULT_MEMORY[device.type] if max_memory is None else max_memory)
-    return budget_memory(the_plan, max_bytes=max_bytes, num_workers=threads or available_cpus(), on_gpu=device.type != "cpu")
+    return budget_memory(
+        the_plan,
+        max_bytes=max_bytes,
+        num_workers=threads or available_cpus(),
+        on_gpu=device.type != "cpu",
+        is_remote=the_plan.checkpoint.is_remote,
+    )
 
 
 def resolve_device(device: str) -> torch.device:
@@ -260,108 +274,9 @@ def parse_size(size: str | int) -> int:
     return num_bytes
 
 
-# --- the output folder -----------------------------------------------------------------------------------------------
-
-
-def _job(the_plan: Plan, *, allow_nonfinite: bool) -> dict[str, Any]:
-    """What the bytes of the output depend on: source, recipe, program version. Equal jobs give equal outputs."""
-    return {
-        "streamquant version": __version__,
-        "source files": dict(the_plan.checkpoint.identity),
-        "recipe": {rule.pattern: "keep" if rule.scheme is None else rule.scheme.title for rule in the_plan.recipe.rules},
-        "include": list(the_plan.recipe.include),
-        "allow nonfinite": allow_nonfinite,
-        "plan": the_plan.digest,
-    }
-
-
 def _refuse_overlap(folder: Path, out: Path) -> None:
     source, target = folder.resolve(), out.resolve()
     if target == source or source in target.parents:
         raise RequestError(f"OUT {out} is inside SOURCE {folder}; choose another place")
     if target in source.parents:
         raise RequestError(f"OUT {out} contains SOURCE {folder}; choose another place")
-
-
-def _is_finished(out: Path, job: Mapping[str, Any]) -> bool:
-    """Whether `out` is the finished output of this job. Raises RequestError if it is anything else of value."""
-    if out.exists() and not out.is_dir():
-        raise RequestError(f"OUT {out} is a file")
-    if not out.exists() or (out / WORK_FOLDER).is_dir() or not any(out.iterdir()):
-        return False
-    record = out / RECORD_NAME
-    if not record.is_file():
-        raise RequestError(f"OUT {out} is not empty and holds no unfinished output of streamquant; choose another OUT")
-    require_same_job(read_record(record), job, where=out)
-    return True
-
-
-def _claim(out: Path) -> Path:
-    work = out / WORK_FOLDER
-    work.mkdir(parents=True, exist_ok=True)
-    return work
-
-
-def _is_done(shard: Shard, out: Path, journal: Journal) -> bool:
-    path = out / shard.file
-    return shard.file in journal.finished and path.is_file() and path.stat().st_size == shard.num_bytes
-
-
-def _require_space(out: Path, todo: Sequence[Shard]) -> None:
-    needed, free = sum(shard.num_bytes for shard in todo), shutil.disk_usage(out).free
-    if needed > free:
-        raise StorageError(f"{out} needs {needed} bytes and its file system has {free} free")
-
-
-def _finish(the_plan: Plan, source: LocalSource, out: Path, work: Path, job: Mapping[str, Any]) -> None:
-    """Everything but the shards; the index and the config, which make the folder loadable, come last."""
-    sizes = source.sizes()
-    for file in the_plan.checkpoint.side_files:
-        target = out / file
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with ShardWriter(work / "side-file.part", header=b"", num_bytes=sizes[file]) as writer:
-            source.copy(file, 0, sizes[file], writer.descriptor, 0)
-            writer.publish(target)
-    record = {"job": job, "shards": {shard.file: shard.num_bytes for shard in the_plan.shards}}
-    write_file(out / RECORD_NAME, _json(record), work=work)
-    layout = the_plan.checkpoint.layout
-    if len(the_plan.shards) > 1:
-        write_file(out / layout.index_name, _json(_index(the_plan)), work=work)
-    write_file(out / layout.config_name, _json(_config(the_plan)), work=work)
-    sync_folder(out)
-
-
-def _config(the_plan: Plan) -> dict[str, Any]:
-    """The config of the source, in its order, with the new description of the quantization and no other."""
-    key = the_plan.checkpoint.layout.quantization_key
-    config = {**(the_plan.checkpoint.config or {}), key: the_plan.quantization_config}
-    config = {name: value for name, value in config.items() if (value if name == key else name not in STATED_KEYS)}
-    parents = [config]
-    while parents:  # of any depth, so no recursion
-        parent = parents.pop()
-        for name, value in parent.items():
-            if isinstance(value, dict):
-                parent[name] = {inner: value[inner] for inner in value if inner not in STATED_KEYS}
-                parents.append(parent[name])
-    unpacked = {scheme.dtype for scheme in the_plan.recipe.schemes if isinstance(scheme, Plain)}
-    if len(unpacked) == 1 and not the_plan.quantization_config:
-        _state_dtype(config, str(unpacked.pop()).removeprefix("torch."))
-    return config
-
-
-def _state_dtype(config: dict[str, Any], dtype: str) -> None:
-    """Where a config says the dtype of a model's weights, say this one."""
-    for owner in (config, *(config[key] for key in LANGUAGE_KEYS if isinstance(config.get(key), dict))):
-        owner.update({name: dtype for name in ("dtype", "torch_dtype") if isinstance(owner.get(name), str)})
-
-
-def _index(the_plan: Plan) -> dict[str, Any]:
-    outputs = [spec for step in the_plan.steps for spec in step.outputs]
-    return {
-        "metadata": {"total_size": sum(spec.num_bytes for spec in outputs)},
-        "weight_map": {spec.name: spec.file for spec in sorted(outputs, key=lambda spec: spec.name)},
-    }
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"

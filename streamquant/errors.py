@@ -32,6 +32,12 @@ class StorageError(StreamquantError):
     exit_code = 4
 
 
+class NetworkError(StreamquantError):
+    """The source cannot be reached, or not for long enough."""
+
+    exit_code = 5
+
+
 class VerificationError(StreamquantError):
     """The finished output does not pass its own verification."""
 

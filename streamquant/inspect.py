@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamquant.checkpoint.checkpoint import Checkpoint, read_checkpoint
-from streamquant.checkpoint.local import LocalSource
+from streamquant.checkpoint.open_source import open_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Inspection:
         }
 
 
-def inspect(source: str | os.PathLike[str]) -> Inspection:
-    """Read headers and config of a directory or a .safetensors file. Raises CheckpointError if they are damaged or contradict."""
-    with LocalSource(source) as opened:
+def inspect(source: str | os.PathLike[str], *, revision: str | None = None) -> Inspection:
+    """Read headers and config of any source. Raises CheckpointError if they are damaged or contradict each other."""
+    with open_source(source, revision=revision) as opened:
         return Inspection(read_checkpoint(opened))

@@ -17,6 +17,8 @@ COPY_BYTES = 8 << 20
 MAX_KEEP_BYTES = 64 << 20
 MIN_READ_BYTES = 1 << 20
 MAX_READ_BYTES = 16 << 20
+MIN_READ_AHEAD_BYTES = 4 << 20
+MAX_READ_AHEAD_BYTES = 256 << 20
 
 
 class Memory(NamedTuple):
@@ -27,9 +29,10 @@ class Memory(NamedTuple):
     keep_bytes: int  # per worker: weights that share a scale are read once up to this, larger ones twice
     read_bytes: int  # per worker: what is read at a time of weights that are no plain tensors; 0 if there are none
     peak_bytes: int  # predicted
+    read_ahead_bytes: int = 0  # what is fetched of a remote source before it is needed
 
 
-def budget_memory(plan: Plan, *, max_bytes: int, num_workers: int, on_gpu: bool) -> Memory:
+def budget_memory(plan: Plan, *, max_bytes: int, num_workers: int, on_gpu: bool, is_remote: bool = False) -> Memory:
     """Fit the work into `max_bytes` with at most `num_workers` workers.
 
     Raises RequestError naming the smallest budget that works if even one worker needs more.
@@ -48,10 +51,14 @@ def budget_memory(plan: Plan, *, max_bytes: int, num_workers: int, on_gpu: bool)
     block_bytes = largest * WORKING_BYTES
     read_bytes = MIN_READ_BYTES if reads_parts else 0
     needed = block_bytes + 2 * read_bytes  # as read, and turned if its rows are columns
-    if needed > max_bytes:
-        raise RequestError(f"{culprit}: its smallest block takes {needed} bytes of working memory; give --max-memory {needed}")
-    num_workers = max(min(num_workers, max_bytes // needed), 1)
-    left = max_bytes // num_workers - block_bytes
+    ahead = max(block_bytes // 4, MIN_READ_AHEAD_BYTES) if is_remote else 0  # a block fits a fraction of it, also in float32
+    if needed + ahead > max_bytes:
+        what = f"{culprit}: its smallest block" if culprit else "reading ahead"
+        raise RequestError(f"{what} takes {needed + ahead} bytes of working memory; give --max-memory {needed + ahead}")
+    if is_remote:
+        ahead = min(max(max_bytes // 4, ahead), MAX_READ_AHEAD_BYTES, max_bytes - needed)
+    num_workers = max(min(num_workers, (max_bytes - ahead) // needed), 1)
+    left = (max_bytes - ahead) // num_workers - block_bytes
     if reads_parts:
         read_bytes = max(min(left // 4, MAX_READ_BYTES), MIN_READ_BYTES)
     keep_bytes = min(left - 2 * read_bytes, MAX_KEEP_BYTES)
@@ -62,7 +69,8 @@ def budget_memory(plan: Plan, *, max_bytes: int, num_workers: int, on_gpu: bool)
         if isinstance(step, Encode) and step.scheme.shares_amax
     ]
     kept = max((num_bytes for num_bytes in shared if num_bytes <= keep_bytes), default=0)
-    return Memory(num_workers, block_elements, keep_bytes, read_bytes, num_workers * (block_bytes + 2 * read_bytes + kept * 5 // 4))
+    peak_bytes = num_workers * (block_bytes + 2 * read_bytes + kept * 5 // 4) + ahead
+    return Memory(num_workers, block_elements, keep_bytes, read_bytes, peak_bytes, ahead)
 
 
 def row_multiple(weight: Weight, scheme: Scheme) -> int:

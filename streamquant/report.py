@@ -163,7 +163,9 @@ def verification_lines(report: Verification) -> list[str]:
             ((n, str(len(e)), s, f"{sum(e) / len(e):.5f}", f"{max(e):.5f}") for (n, s), e in rows.items()),
         )
         lines += ["", f"copied      {report.num_copied} tensors, the same bytes as in the source"]
-    lines.append(f"checked     {report.num_tensors} tensors, {report.num_quantized} quantized weights")
+    lines.append(
+        f"checked     {report.num_tensors} tensors, {report.num_quantized} quantized weights, checksums of {report.num_checksums} files"
+    )
     lines += [f"PROBLEM     {problem}" for problem in report.problems[:MAX_ROWS]]
     if len(report.problems) > MAX_ROWS:
         lines.append(f"PROBLEM     and {len(report.problems) - MAX_ROWS} more; see --json")

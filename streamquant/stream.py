@@ -1,27 +1,31 @@
 """The engine: streams the steps of a plan through a pool of workers, a block of rows at a time.
 
 A worker reads a block, quantizes it and writes what comes out at its planned place; two workers overlap reading, computing and
-writing. It owns every thread. What is in memory at any time: a block in each worker, and the fused weights that a worker keeps
-between finding their largest magnitude and encoding them.
+writing. It owns every thread. What is in memory at any time: a block in each worker, the fused weights that a worker keeps between
+finding their largest magnitude and encoding them, and what is read ahead of a remote source.
 """
 
+import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from streamquant.checkpoint.source import Source
-from streamquant.checkpoint.writer import ShardWriter
+from streamquant.checkpoint.journal import Journal
+from streamquant.checkpoint.source import Extent, Reader, Source
+from streamquant.checkpoint.writer import ShardWriter, StepWriter
 from streamquant.errors import CheckpointError
 from streamquant.inputs import Weight
 from streamquant.memory import COPY_BYTES, Memory, row_blocks, row_multiple
 from streamquant.plan import Copy, Encode, Member, Shard, Step
+from streamquant.read_ahead import NUM_BUFFERS, ReadAhead, Reading, Spool, coalesce
 from streamquant.schemes import Scheme
 from streamquant.schemes.packing import flat
 from streamquant.stored import TORCH_DTYPES
@@ -39,6 +43,8 @@ OnProgress = Callable[[Progress], None]
 TASK_BYTES = 16 << 20  # source bytes of one task: enough to hide what handing it out costs
 QUEUED_TASKS = 4  # per worker
 SHARDS_IN_WORK = 2  # one being filled while the one before it is flushed
+FLUSH_SECONDS = 5.0  # between flushes of a shard: the work that the loss of a machine costs, and a step
+COPY_CHUNK_BYTES = 1 << 20  # fits the cache, in which it is read, summed and written
 MALLOC_LESSON_BYTES = 31 << 20
 
 
@@ -46,53 +52,180 @@ def stream_shards(
     shards: Sequence[Shard],
     source: Source,
     *,
+    out: Path,
     work: Path,
-    publish: Callable[[Shard, ShardWriter], None],
+    journal: Journal,
     memory: Memory,
     device: torch.device,
     allow_nonfinite: bool,
     on_progress: OnProgress | None = None,
-) -> list[str]:
-    """Fill each shard in a temporary file in `work` and hand it, complete, to `publish`, which runs in a thread of its own.
+) -> None:
+    """Fill each shard in a temporary file in `work`, but for the steps that the journal has, and give it its name in `out`.
 
-    `on_progress` is called from worker threads, one call at a time. Returns the names of the weights that are not all finite,
-    whose infinities and NaNs were stored as zeros; without `allow_nonfinite` the first one raises CheckpointError.
+    However it ends, the journal then has the steps that were finished, and the names of weights that are not all finite, whose infinities
+    and NaNs were stored as zeros; without `allow_nonfinite` the first one raises CheckpointError. `on_progress` is called from worker
+    threads, one call at a time.
     """
-    total = sum(step.source_bytes for shard in shards for step in shard.steps)
-    with ExitStack() as opened, _Engine(source, memory, device, allow_nonfinite, total, on_progress) as engine:
-        publications: list[Future[None]] = []
+    total = sum(step.source_bytes for shard in shards for index, step in enumerate(shard.steps) if index not in journal.steps[shard.file])
+    with (
+        _Recorder(journal, out) as recorder,
+        _Engine(source, recorder, work, memory, device, allow_nonfinite, total, on_progress) as engine,
+    ):
         for shard in shards:
-            writer = ShardWriter(work / f"{shard.file}.part", header=shard.header, num_bytes=shard.num_bytes)
-            opened.callback(writer.close)
-            tasks = [future for step in shard.steps for future in engine.submit_step(step, writer)]
-            publications.append(engine.publisher.submit(_publish, publish, shard, writer, tasks))
-            if len(publications) >= SHARDS_IN_WORK:
-                publications[-SHARDS_IN_WORK].result()
-        for publication in publications:
-            publication.result()
-        return sorted(engine.nonfinite)
+            recorder.wait_for_room()
+            part = work / f"{shard.file}.part"
+            writer = ShardWriter(part, header=shard.header, num_bytes=shard.num_bytes, finished=journal.steps[shard.file])
+            recorder.own(writer)
+            engine.stream(shard, writer)
+            recorder.put(_ShardInWork(shard, writer))
+        recorder.wait()
 
 
-def _publish(publish: Callable[[Shard, ShardWriter], None], shard: Shard, writer: ShardWriter, tasks: Sequence[Future[Any]]) -> None:
-    for task in tasks:
-        task.result()
-    publish(shard, writer)
+def spool_bytes(shards: Sequence[Shard], memory: Memory) -> int:
+    """The most that temporary files take of the disk: of two steps at a time that are read more than once and fit no buffers."""
+    if not memory.read_ahead_bytes:
+        return 0
+    largest = 0
+    for step in (step for shard in shards for step in shard.steps):
+        if isinstance(step, Encode) and _reads_again(step) and step.source_bytes > memory.read_ahead_bytes // 2:
+            extents = coalesce(_all_extents(step), max_bytes=memory.read_ahead_bytes // NUM_BUFFERS)
+            if len(extents) > NUM_BUFFERS:
+                largest = max(largest, sum(extent.num_bytes for extent in extents))
+    return 2 * largest
+
+
+@dataclass(slots=True)
+class _Task:
+    """What a worker does at a time."""
+
+    tensor: str
+    num_bytes: int  # of the source, to count progress
+    extents: Sequence[Extent]  # all that `work` reads
+    work: Callable[[Reader], Any]
+    ends: "_StepInWork | None" = None  # the step of which it is the last task
+    future: Future[Any] = field(init=False)  # since it was handed out
+
+
+@dataclass(slots=True)
+class _StepInWork:
+    """A step, all of whose tasks are handed out."""
+
+    shard: Shard
+    writer: ShardWriter
+    index: int
+    output: StepWriter
+    tasks: Sequence[_Task]
+
+
+@dataclass(slots=True)
+class _ShardInWork:
+    """A shard, all of whose steps are handed out."""
+
+    shard: Shard
+    writer: ShardWriter
+
+
+class _Recorder:
+    """Waits for steps in order, flushes and notes them, and gives shards their names; in a thread of its own."""
+
+    def __init__(self, journal: Journal, out: Path):
+        self.nonfinite: set[str] = set()
+        self._journal, self._out = journal, out
+        self._items: queue.SimpleQueue[_StepInWork | _ShardInWork | None] = queue.SimpleQueue()
+        self._room = threading.Semaphore(SHARDS_IN_WORK)
+        self._writers: list[ShardWriter] = []
+        self._unflushed: list[_StepInWork] = []  # finished steps of one shard
+        self._last_flush = time.monotonic()
+        self._thread = ThreadPoolExecutor(1, "streamquant-record")
+        self._everything = self._thread.submit(self._run)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._items.put(None)
+        self._thread.shutdown()
+        for writer in self._writers:
+            writer.close()
+
+    def wait_for_room(self) -> None:
+        """Wait until another shard may be begun. Raises what made recording fail."""
+        self._room.acquire()
+        if self._everything.done():
+            self._everything.result()
+
+    def own(self, writer: ShardWriter) -> None:
+        """Close this in the end."""
+        self._writers.append(writer)
+
+    def put(self, item: _StepInWork | _ShardInWork) -> None:
+        """Record this, after everything before it, once its tasks are done."""
+        self._items.put(item)
+
+    def wait(self) -> None:
+        """Wait until everything is recorded. Raises what made that, or a task, fail."""
+        self._items.put(None)
+        self._everything.result()
+
+    def _run(self) -> None:
+        try:
+            while (item := self._items.get()) is not None:
+                if isinstance(item, _ShardInWork):
+                    self._publish(item)
+                else:
+                    for task in item.tasks:
+                        task.future.result()
+                    self._unflushed.append(item)
+                    if time.monotonic() - self._last_flush >= FLUSH_SECONDS:
+                        self._flush()
+        finally:
+            self._room.release()
+            self._flush()
+
+    def _publish(self, item: _ShardInWork) -> None:
+        item.writer.finished.update(self._take_unflushed())
+        item.writer.publish(self._out / item.shard.file)
+        self._journal.record_shard(item.shard.file, item.writer.crc32, self.nonfinite)
+        self._room.release()
+
+    def _flush(self) -> None:
+        if self._unflushed:
+            shard, writer = self._unflushed[0].shard, self._unflushed[0].writer
+            writer.flush()
+            steps = self._take_unflushed()
+            writer.finished.update(steps)
+            self._journal.record_steps(shard.file, steps, self.nonfinite)
+        self._last_flush = time.monotonic()
+
+    def _take_unflushed(self) -> dict[int, int]:
+        steps = {item.index: item.output.checksum for item in self._unflushed}
+        self._unflushed.clear()
+        return steps
 
 
 class _Engine:
-    """The workers, the thread that publishes, and what they share."""
+    """The workers and what they share."""
 
     def __init__(
-        self, source: Source, memory: Memory, device: torch.device, allow_nonfinite: bool, total: int, on_progress: OnProgress | None
+        self,
+        source: Source,
+        recorder: _Recorder,
+        work: Path,
+        memory: Memory,
+        device: torch.device,
+        allow_nonfinite: bool,
+        total: int,
+        on_progress: OnProgress | None,
     ):
-        self.nonfinite: set[str] = set()
-        self.publisher = ThreadPoolExecutor(1, "streamquant-publish")
-        self._source, self._memory, self._device, self._allow_nonfinite = source, memory, device, allow_nonfinite
+        self._source, self._recorder, self._work, self._memory = source, recorder, work, memory
+        self._device, self._allow_nonfinite = device, allow_nonfinite
         self._total, self._on_progress, self._done = total, on_progress, 0
         self._lock = threading.Lock()
         self._buffers = threading.local()
         self._slots = threading.Semaphore(QUEUED_TASKS * memory.num_workers)
         self._failure: BaseException | None = None
+        self._read_ahead = ReadAhead(source, memory.read_ahead_bytes) if memory.read_ahead_bytes else None
+        self._spools: list[Spool] = []
         # Until glibc has seen a large block freed, it returns what each operation frees to the kernel, which hands it out again page
         # by page: two thirds of the system time of FP8. See mallopt(3), M_MMAP_THRESHOLD.
         torch.empty(MALLOC_LESSON_BYTES, dtype=torch.uint8)
@@ -100,147 +233,197 @@ class _Engine:
         self._torch_threads = torch.get_num_threads()
         self._workers = ThreadPoolExecutor(memory.num_workers, "streamquant", initializer=torch.set_num_threads, initargs=(1,))
 
-    def __enter__(self) -> "_Engine":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._failure = self._failure or error
+        if self._read_ahead is not None:
+            self._read_ahead.close()
         self._workers.shutdown(cancel_futures=True)
-        self.publisher.shutdown()
+        for spool in self._spools:
+            spool.close()
         torch.set_num_threads(self._torch_threads)
 
     # --- handing out work -------------------------------------------------------------------------------------------
 
-    def submit_step(self, step: Step, writer: ShardWriter) -> Iterator[Future[Any]]:
-        """Queue the work of a step, waiting for room. Raises what made earlier work fail."""
-        if isinstance(step, Copy):
-            for start in range(0, step.source.num_bytes, COPY_BYTES):
-                count = min(COPY_BYTES, step.source.num_bytes - start)
-                yield self._submit(step.source.name, count, partial(self._copy, step, start, count, writer))
-        elif step.keeps_codes and self._share_already(step):
-            for member, start, end, num_bytes in self._pieces(step):
-                yield self._submit(member.weight.name, num_bytes, partial(self._repack, member, start, end, step.scheme, writer))
-        elif not step.scheme.shares_amax:
-            for member, start, end, num_bytes in self._pieces(step):
-                yield self._submit(member.weight.name, num_bytes, partial(self._encode, member, start, end, step.scheme, writer))
-        elif sum(member.weight.decoded_bytes for member in step.members) <= self._memory.keep_bytes:
-            yield self._submit(step.members[0].weight.name, step.source_bytes, partial(self._encode_kept, step, writer))
+    def stream(self, shard: Shard, writer: ShardWriter) -> None:
+        """Hand out the steps of a shard that are not finished, waiting for room. Raises what made earlier work fail."""
+        groups = self._groups(shard, writer)
+        if self._read_ahead is None:
+            for task in (task for group in groups for task in group):
+                self._hand_out(task, None)
         else:
-            yield from self._submit_two_passes(step, writer)
+            for task, reading in self._read_ahead.fetch(groups):
+                self._hand_out(task, reading)
 
-    def _submit_two_passes(self, step: Encode, writer: ShardWriter) -> Iterator[Future[Any]]:
-        """Read everything for the largest magnitude, then again to encode it."""
-        scans = [
-            self._submit(member.weight.name, num_bytes // 2, partial(self._scan, member, start, end, step.scheme))
-            for member, start, end, num_bytes in self._pieces(step)
-        ]
-        # Work starts in the order in which it is queued, so whoever waits for the scans waits for running ones.
-        for member, start, end, num_bytes in self._pieces(step):
-            encode = partial(self._encode, member, start, end, step.scheme, writer, shared_of=(step, scans))
-            yield self._submit(member.weight.name, num_bytes - num_bytes // 2, encode)
+    def _groups(self, shard: Shard, writer: ShardWriter) -> Iterator[Sequence[_Task]]:
+        """The tasks of the steps, in groups whose bytes are fetched together."""
+        for index, step in enumerate(shard.steps):
+            if index in writer.finished:
+                continue
+            output = StepWriter(writer)
+            tasks = list(self._tasks(step, output))
+            if tasks:
+                tasks[-1].ends = _StepInWork(shard, writer, index, output, tasks)
+                yield from self._fitting(step, tasks)
 
-    def _pieces(self, step: Encode) -> Iterator[tuple[Member, int, int, int]]:
-        """Members cut into ranges of rows of about TASK_BYTES, with their bytes."""
+    def _fitting(self, step: Step, tasks: Sequence[_Task]) -> Iterator[Sequence[_Task]]:
+        """The tasks of a step, in groups that fit what is read ahead."""
+        if self._read_ahead is None or self._read_ahead.fits(tasks):
+            yield tasks
+        elif isinstance(step, Copy) or not _reads_again(step):
+            yield from ([task] for task in tasks)
+        else:  # what is read more than once is fetched once
+            spool = Spool(self._work)
+            self._spools.append(spool)
+            keeping = []
+            for extent in self._read_ahead.pieces(tasks):
+                keeping.append(_Task(tasks[0].tensor, 0, [extent], partial(self._keep, extent, spool)))
+                yield keeping[-1:]
+            for task in tasks:
+                task.extents, task.work = (), partial(_read_kept, task.work, spool, keeping)
+                yield [task]
+
+    def _tasks(self, step: Step, output: StepWriter) -> Iterator[_Task]:
+        if isinstance(step, Copy):
+            spec = step.source
+            for start in range(spec.start, spec.end, COPY_BYTES):
+                extent = Extent(spec.file, start, min(start + COPY_BYTES, spec.end))
+                yield _Task(spec.name, extent.num_bytes, [extent], partial(self._copy, step, extent, output))
+        elif step.scheme.shares_amax and sum(member.weight.decoded_bytes for member in step.members) <= self._memory.keep_bytes:
+            yield _Task(step.members[0].weight.name, step.source_bytes, _all_extents(step), partial(self._encode_kept, step, output))
+        elif step.keeps_codes and self._shares_already(step, self._source):
+            yield from self._member_tasks(step, lambda member, start, end: partial(self._repack, step, member, start, end, output))
+        elif not step.scheme.shares_amax:
+            yield from self._member_tasks(step, lambda member, start, end: partial(self._encode, step, member, start, end, output))
+        else:  # read everything for the largest magnitude, then again to encode it
+            scans = list(self._member_tasks(step, lambda member, start, end: partial(self._scan, step, member, start, end)))
+            encodes = list(
+                self._member_tasks(step, lambda member, start, end: partial(self._encode, step, member, start, end, output, scans=scans))
+            )
+            for task, again in zip(scans, encodes, strict=True):
+                task.num_bytes //= 2
+                again.num_bytes -= task.num_bytes
+            yield from (*scans, *encodes)
+
+    def _member_tasks(self, step: Encode, work: Callable[[Member, int, int], Callable[[Reader], Any]]) -> Iterator[_Task]:
+        """Tasks of about TASK_BYTES: a member and a range of its rows each."""
         for member in step.members:
             weight = member.weight
             num_rows, num_columns = weight.shape
-            task_bytes = min(TASK_BYTES, self._memory.read_bytes or TASK_BYTES)
+            task_bytes = min(TASK_BYTES, self._memory.read_bytes or TASK_BYTES, self._memory.read_ahead_bytes // 4 or TASK_BYTES)
             max_elements = task_bytes * weight.num_elements // max(weight.num_bytes, 1)
             for start, end in row_blocks(num_rows, num_columns, row_multiple=row_multiple(weight, step.scheme), max_elements=max_elements):
-                yield member, start, end, weight.num_bytes * end // num_rows - weight.num_bytes * start // num_rows
+                num_bytes = weight.num_bytes * end // num_rows - weight.num_bytes * start // num_rows
+                yield _Task(weight.name, num_bytes, weight.extents(start, end), work(member, start, end))
 
-    def _submit(self, tensor: str, num_bytes: int, work: Callable[[], Any]) -> Future[Any]:
+    def _hand_out(self, task: _Task, reading: Reading | None) -> None:
         self._slots.acquire()
         if self._failure is not None:
             raise self._failure
-        future = self._workers.submit(self._run, tensor, num_bytes, work)
-        future.add_done_callback(lambda _: self._slots.release())
-        return future
+        task.future = self._workers.submit(self._run, task, reading)
+        task.future.add_done_callback(lambda _: self._slots.release())
+        if task.ends is not None:
+            self._recorder.put(task.ends)
 
-    def _run(self, tensor: str, num_bytes: int, work: Callable[[], Any]) -> Any:
-        if self._failure is not None:
-            raise self._failure
+    def _run(self, task: _Task, reading: Reading | None) -> Any:
         try:
-            result = work()
+            if self._failure is not None:
+                raise self._failure
+            result = task.work(reading or self._source)
             with self._lock:
-                self._done += num_bytes
+                self._done += task.num_bytes
                 if self._on_progress is not None:
-                    self._on_progress(Progress(self._done, self._total, tensor))
+                    self._on_progress(Progress(self._done, self._total, task.tensor))
         except BaseException as error:
             self._failure = self._failure or error
             raise
+        finally:
+            if reading is not None:
+                reading.release()
         return result
 
     # --- work, in a worker ------------------------------------------------------------------------------------------
 
-    def _copy(self, step: Copy, start: int, count: int, writer: ShardWriter) -> None:
-        source = step.source
-        self._source.copy(source.file, source.start + start, count, writer.descriptor, step.output.start + start)
+    def _copy(self, step: Copy, extent: Extent, output: StepWriter, reader: Reader) -> None:
+        moved = step.output.start - step.source.start
+        for start in range(extent.start, extent.end, COPY_CHUNK_BYTES):
+            piece = self._read(Extent(extent.file, start, min(start + COPY_CHUNK_BYTES, extent.end)), reader)
+            output.write(start + moved, piece)
 
-    def _scan(self, member: Member, start: int, end: int, scheme: Scheme) -> Tensor:
+    def _keep(self, extent: Extent, spool: Spool, reader: Reader) -> None:
+        spool.write(extent.file, extent.start, self._read(extent, reader))
+
+    def _read(self, extent: Extent, reader: Reader) -> memoryview:
+        buffer: memoryview = self._buffer("copy", extent.num_bytes).numpy().data
+        reader.read(extent.file, extent.start, buffer)
+        return buffer
+
+    def _scan(self, step: Encode, member: Member, start: int, end: int, reader: Reader) -> Tensor:
         """The largest bound in a range of rows: float32 [1], on the CPU."""
-        return _largest([self._observe(weight_NK, member, scheme)[1] for _, weight_NK in self._blocks(member, start, end, scheme)])
+        blocks = self._blocks(member, start, end, step.scheme, reader)
+        return _largest([self._observe(weight_NK, member, step.scheme)[1] for _, weight_NK in blocks])
 
     def _encode(
-        self,
-        member: Member,
-        start: int,
-        end: int,
-        scheme: Scheme,
-        writer: ShardWriter,
-        shared_of: tuple[Encode, Sequence[Future[Tensor]]] | None = None,
+        self, step: Encode, member: Member, start: int, end: int, output: StepWriter, reader: Reader, *, scans: Sequence[_Task] = ()
     ) -> None:
-        shared = None
-        if shared_of is not None:
-            step, scans = shared_of
-            shared = self._share(step, [scan.result() for scan in scans])
-        for row, weight_NK in self._blocks(member, start, end, scheme):
+        # Work starts in the order in which it is handed out, so whoever waits for the scans waits for running ones.
+        shared = self._share(step, [scan.future.result() for scan in scans]) if scans else None
+        scheme = step.scheme
+        for row, weight_NK in self._blocks(member, start, end, scheme, reader):
             finite_NK, bounds_BRC = self._observe(weight_NK, member, scheme)
-            self._store(member, writer, row, scheme.encode(finite_NK, bounds_BRC, shared=shared), scheme)
+            _store(member, output, row, scheme.encode(finite_NK, bounds_BRC, shared=shared), scheme)
         if start == 0:
-            self._store_once(member, scheme, writer, shared)
+            _store_once(member, scheme, output, shared)
 
-    def _repack(self, member: Member, start: int, end: int, scheme: Scheme, writer: ShardWriter) -> None:
+    def _repack(self, step: Encode, member: Member, start: int, end: int, output: StepWriter, reader: Reader) -> None:
         """Store the codes and scales that the source has."""
-        weight = member.weight
+        weight, scheme = member.weight, step.scheme
         stored: dict[str, Tensor] = {}
-        for row, stored in self._stored_blocks(weight, start, end, scheme):
-            self._store(member, writer, row, weight.repack(stored, scheme), scheme)
+        for row, stored in self._stored_blocks(weight, start, end, scheme, reader):
+            _store(member, output, row, weight.repack(stored, scheme), scheme)
         if start == 0:
-            self._store_once(member, scheme, writer, weight.format.shared(stored) if scheme.shares_amax else None)
+            _store_once(member, scheme, output, weight.format.shared(stored) if scheme.shares_amax else None)
 
-    def _share_already(self, step: Encode) -> bool:
+    def _shares_already(self, step: Encode, reader: Reader) -> bool:
         """Whether the members of a step share in the source what their scheme wants them to share."""
         if not step.scheme.shares_amax:
             return True
         weights = [member.weight for member in step.members]
-        shared = [weight.format.shared(weight.read_whole(self._source)) for weight in weights]
+        shared = [weight.format.shared(weight.read_whole(reader)) for weight in weights]
         return all(torch.equal(other, shared[0]) for other in shared)
 
-    def _encode_kept(self, step: Encode, writer: ShardWriter) -> None:
-        """Read all members, find what they share, encode them from memory."""
+    def _encode_kept(self, step: Encode, output: StepWriter, reader: Reader) -> None:
+        """Read all members, find what they share, encode them from memory; or store what the source has, if that is shared already."""
+        if step.keeps_codes and self._shares_already(step, reader):
+            for member in step.members:
+                self._repack(step, member, 0, member.weight.shape[0], output, reader)
+            return
         scheme = step.scheme
         kept = []
         for member in step.members:
             # In one piece: blocks kept one by one between temporaries would tear the heap apart.
             whole_NK = torch.empty(member.weight.shape, dtype=TORCH_DTYPES[member.weight.dtype], device=self._device)
-            for row, weight_NK in self._blocks(member, 0, len(whole_NK), scheme):
+            for row, weight_NK in self._blocks(member, 0, len(whole_NK), scheme, reader):
                 finite_NK, bounds_BRC = self._observe(weight_NK, member, scheme)
                 block_NK = whole_NK[row : row + len(finite_NK)].copy_(finite_NK)
                 kept.append((member, row, block_NK, bounds_BRC))
         shared = self._share(step, [_largest([bounds_BRC for *_, bounds_BRC in kept])])
         for member, row, weight_NK, bounds_BRC in kept:
-            self._store(member, writer, row, scheme.encode(weight_NK, bounds_BRC, shared=shared), scheme)
+            _store(member, output, row, scheme.encode(weight_NK, bounds_BRC, shared=shared), scheme)
         for member in step.members:
-            self._store_once(member, scheme, writer, shared)
+            _store_once(member, scheme, output, shared)
 
-    def _blocks(self, member: Member, start: int, end: int, scheme: Scheme) -> Iterator[tuple[int, Tensor]]:
+    def _blocks(self, member: Member, start: int, end: int, scheme: Scheme, reader: Reader) -> Iterator[tuple[int, Tensor]]:
         """(first row, weight_NK on the device) for blocks of the rows start..end. A block may overwrite the one before."""
         weight = member.weight
-        for row, stored in self._stored_blocks(weight, start, end, scheme):
+        for row, stored in self._stored_blocks(weight, start, end, scheme, reader):
             yield row, weight.decode({role: tensor.to(self._device) for role, tensor in stored.items()})
 
-    def _stored_blocks(self, weight: Weight, start: int, end: int, scheme: Scheme) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def _stored_blocks(
+        self, weight: Weight, start: int, end: int, scheme: Scheme, reader: Reader
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """(first row, what the source has of it) for blocks of the rows start..end."""
         multiple, num_columns = row_multiple(weight, scheme), weight.shape[1]
         # Several tensors, or strided ones, are read more at a time than is decoded: a line of theirs would be a few bytes.
@@ -249,7 +432,7 @@ class _Engine:
             read_elements = self._memory.read_bytes * weight.num_elements // max(weight.num_bytes, 1)
         for read in row_blocks(end - start, num_columns, row_multiple=multiple, max_elements=read_elements):
             first, last = start + read[0], start + read[1]
-            stored = weight.read(self._source, first, last, self._buffer)
+            stored = weight.read(reader, first, last, self._buffer)
             if weight.is_plain:
                 yield first, stored
                 continue
@@ -272,7 +455,7 @@ class _Engine:
         name = member.weight.name
         if not self._allow_nonfinite:
             raise CheckpointError(f"{name} holds NaN or infinite weights; --allow-nonfinite stores them as zeros")
-        self.nonfinite.add(name)
+        self._recorder.nonfinite.add(name)
         finite_NK = weight_NK.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         return finite_NK, scheme.observe(finite_NK)
 
@@ -280,15 +463,34 @@ class _Engine:
         amax = torch.stack(list(amaxes)).amax(0)
         return step.scheme.share(amax, TORCH_DTYPES[step.members[0].weight.dtype]).to(self._device)
 
-    def _store(self, member: Member, writer: ShardWriter, row: int, stored: Mapping[str, Tensor], scheme: Scheme) -> None:
-        for suffix, tensor in stored.items():
-            spec = member.place(suffix)
-            line_bytes = spec.num_bytes // spec.shape[0]
-            writer.write(spec.start + scheme.line(suffix, row) * line_bytes, _bytes(tensor))
 
-    def _store_once(self, member: Member, scheme: Scheme, writer: ShardWriter, shared: Tensor | None) -> None:
-        once = scheme.once(member.weight.shape, TORCH_DTYPES[member.weight.dtype], shared)
-        self._store(member, writer, 0, once, scheme)
+def _all_extents(step: Encode) -> list[Extent]:
+    return [extent for member in step.members for extent in member.weight.extents(0, member.weight.shape[0])]
+
+
+def _reads_again(step: Encode) -> bool:
+    """Whether its tasks read bytes that other tasks of it read, too."""
+    return step.scheme.shares_amax or any(not member.weight.in_order for member in step.members)
+
+
+def _read_kept(work: Callable[[Reader], Any], spool: Spool, keeping: Sequence[_Task], reader: Reader) -> Any:
+    """Do `work` with what these tasks have kept in the spool."""
+    del reader
+    for task in keeping:
+        task.future.result()
+    return work(spool)
+
+
+def _store(member: Member, output: StepWriter, row: int, stored: Mapping[str, Tensor], scheme: Scheme) -> None:
+    for suffix, tensor in stored.items():
+        spec = member.place(suffix)
+        line_bytes = spec.num_bytes // spec.shape[0]
+        output.write(spec.start + scheme.line(suffix, row) * line_bytes, _bytes(tensor))
+
+
+def _store_once(member: Member, scheme: Scheme, output: StepWriter, shared: Tensor | None) -> None:
+    once = scheme.once(member.weight.shape, TORCH_DTYPES[member.weight.dtype], shared)
+    _store(member, output, 0, once, scheme)
 
 
 def _largest(bounds: Sequence[Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ Streams: a block of rows at a time. The safetensors library, which shares no cod
 
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from streamquant.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from streamquant.checkpoint.header import TensorSpec, parse_object
+from streamquant.checkpoint.journal import RECORD_NAME, read_record
 from streamquant.checkpoint.local import LocalSource
+from streamquant.checkpoint.open_source import open_source
 from streamquant.checkpoint.source import Source
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.inputs import Inventory, Stack, Weight, find_weights, no_scheme, read_tensor
@@ -49,6 +52,7 @@ class Verification:
     num_tensors: int = 0
     num_quantized: int = 0
     num_copied: int = 0
+    num_checksums: int = 0
     errors: list[TensorError] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -60,12 +64,15 @@ def verify(
     out: str | os.PathLike[str],
     *,
     against: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
     expert_layout: str | None = None,
+    checksums: bool = True,
     on_progress: Callable[[str], None] | None = None,
 ) -> Verification:
     """Check the quantized checkpoint `out`; with the source `against`, also every tensor's bytes or error.
 
-    `expert_layout` is that of `convert`; `on_progress` is called with the name of each tensor compared. What is off ends up in
+    `revision` is that of `against`, `expert_layout` that of `convert`. `checksums`: read every file, and compare it with the checksum
+    in `out`, if a conversion left them. `on_progress` is called with the name of each tensor compared. What is off ends up in
     `problems`; only a folder that is not there or not finished raises (CheckpointError, RequestError).
     """
     with LocalSource(out) as source:
@@ -86,10 +93,12 @@ def verify(
         for weight in stored.values():
             problems += _scale_problems(weight, source)
         problems += _fused_problems(stored, scheme_of, source)
-        report = Verification(str(out), problems, len(checkpoint.tensors), len(stored))
+        checksum_of = _checksums(source) if checksums else {}
+        problems += _checksum_problems(source, checksum_of)
+        report = Verification(str(out), problems, len(checkpoint.tensors), len(stored), num_checksums=len(checksum_of))
         if against is None:
             return report
-        with LocalSource(against) as original:
+        with open_source(against, revision=revision) as original:
             originals = find_weights(read_checkpoint(original), original, expert_layout=expert_layout)
             together = _plain_stacks(inventory) & _plain_stacks(originals)
             # What looks like a scale that no output needs may be a parameter of the source.
@@ -129,6 +138,27 @@ def _container_problems(checkpoint: Checkpoint, source: LocalSource) -> list[str
         if said != total:
             problems.append(f"{index_name}: total_size is {said}, the tensors have {total} bytes")
     return problems
+
+
+def _checksums(source: LocalSource) -> dict[str, str]:
+    """The CRC-32 that each file of an output should have, as 8 hexadecimal digits; of another checkpoint nothing."""
+    record = source.folder / RECORD_NAME
+    return {file: written["crc32"] for file, written in read_record(record)["files"].items()} if record.is_file() else {}
+
+
+def _checksum_problems(source: LocalSource, checksum_of: Mapping[str, str]) -> Iterator[str]:
+    sizes = source.sizes()
+    for file, expected in checksum_of.items():
+        if file not in sizes:
+            yield f"{file} is missing"
+            continue
+        found = 0
+        for start in range(0, sizes[file], COPY_BYTES):
+            chunk = memoryview(bytearray(min(COPY_BYTES, sizes[file] - start)))
+            source.read(file, start, chunk)
+            found = zlib.crc32(chunk, found)
+        if f"{found:08x}" != expected:
+            yield f"{file} has the CRC-32 {found:08x}; {expected} was written"
 
 
 # --- which weights are quantized, and whether they look it ------------------------------------------------------------

@@ -351,7 +351,7 @@ def test_a_full_disk_is_told_before_and_the_folder_can_be_finished(source: Path,
         free = 1000
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
-    with pytest.raises(StorageError, match=r"needs .* bytes and its file system has 1000 free"):
+    with pytest.raises(StorageError, match=r"needs .* bytes more and its file system has 1000 free"):
         streamquant.convert(source, tmp_path / "out", scheme="W4A16")
     monkeypatch.undo()
     streamquant.convert(source, tmp_path / "out", scheme="W4A16")

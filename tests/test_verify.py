@@ -48,6 +48,7 @@ def damage(good: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
         tensors = load_file(out / "model.safetensors")
         change(tensors)
         save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+        (out / "streamquant.json").unlink()  # as if another program had written it so
         return out
 
     return apply
@@ -105,7 +106,7 @@ def test_an_index_whose_metadata_is_no_object_is_a_problem(source: Path, tmp_pat
     streamquant.convert(source, tmp_path / "out", scheme="W8A8", max_shard_size=60_000)
     index = tmp_path / "out" / "model.safetensors.index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"metadata": []}))
-    (problem,) = streamquant.verify(tmp_path / "out").problems
+    (problem,) = streamquant.verify(tmp_path / "out", checksums=False).problems
     assert "total_size is None, the tensors have" in problem
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from streamquant.checkpoint.header import build_header
 from streamquant.checkpoint.journal import JOURNAL_NAME, WORK_FOLDER, Journal, require_same_job
-from streamquant.checkpoint.writer import ShardWriter, write_file
+from streamquant.checkpoint.writer import ShardWriter, StepWriter, write_file
 from streamquant.errors import RequestError
 
 JOB = {"recipe": [["*", "FP8_DYNAMIC"]], "source files": {"model.safetensors": "80 bytes"}, "allow nonfinite": False, "note": "Größe\n"}
@@ -32,9 +33,9 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def finished_in(work: Path, job: object = JOB) -> set[str]:
+def finished_in(work: Path, job: object = JOB) -> dict[str, int]:
     with Journal(work, job) as journal:
-        return set(journal.finished)
+        return dict(journal.shards)
 
 
 # --- shards ----------------------------------------------------------------------------------------------------------
@@ -51,14 +52,17 @@ def test_a_shard_filled_by_threads_in_any_order_gets_its_name_when_it_is_whole(w
 
         def write_piece(piece):
             start, spec, at = piece
-            writer.write(start, tensors[spec.name].view(torch.uint8).numpy().data[at : at + 100])
+            step = StepWriter(writer)
+            step.write(start, tensors[spec.name].view(torch.uint8).numpy().data[at : at + 100])
+            return step.checksum
 
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(write_piece, reversed(pieces)))
+            writer.finished.update(enumerate(pool.map(write_piece, reversed(pieces))))
         assert names_in(work.parent) == {WORK_FOLDER}
         writer.publish(final)
     assert names_in(work) == set()
     assert final.stat().st_size == specs[-1].end
+    assert writer.crc32 == zlib.crc32(final.read_bytes())
     loaded = load_file(final)
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
@@ -104,37 +108,47 @@ def test_a_shard_that_cannot_get_its_name_keeps_the_other_one(work):
 
 
 def test_a_journal_goes_on_where_it_was(work):
-    assert finished_in(work) == set()
+    assert finished_in(work) == {}
     with Journal(work, JOB) as journal:
-        journal.record("first")
-        assert journal.finished == {"first"}
+        journal.record_steps("first", {0: 10, 2: 30})
+        journal.record_steps("second", {5: 50}, {"a", "b"})
+        journal.record_shard("first", 77, {"a", "b", "c"})
     with Journal(work, JOB) as journal:
-        assert journal.finished == {"first"}
-        journal.record("second\n with a line feed")
-    assert finished_in(work) == {"first", "second\n with a line feed"}
-    assert all(json.loads(line) for line in (work / JOURNAL_NAME).read_text().splitlines())
+        assert journal.shards == {"first": 77}
+        assert dict(journal.steps) == {"second": {5: 50}}
+        assert journal.nonfinite == {"a", "b", "c"}
+        journal.record_steps("second", {6: 60}, {"c"})
+        journal.record_shard("third\n with a line feed", 0)
+    with Journal(work, JOB) as journal:
+        assert journal.shards == {"first": 77, "third\n with a line feed": 0}
+        assert journal.steps["second"] == {5: 50, 6: 60}
+    lines = [json.loads(line) for line in (work / JOURNAL_NAME).read_text().splitlines()]
+    assert lines[-2:] == [
+        {"shard": "second", "steps": [[6, 60]], "nonfinite": []},
+        {"shard": "third\n with a line feed", "crc32": 0, "nonfinite": []},
+    ]
 
 
 def test_a_record_is_on_the_disk_before_the_journal_is_closed(work):
     with Journal(work, JOB) as journal:
-        journal.record("first")
-        assert json.loads((work / JOURNAL_NAME).read_text().splitlines()[-1]) == {"shard": "first"}
+        journal.record_shard("first", 5)
+        assert json.loads((work / JOURNAL_NAME).read_text().splitlines()[-1])["shard"] == "first"
 
 
 def test_a_journal_torn_at_any_byte_counts_only_its_whole_lines_and_goes_on(work):
     job, shards = {"recipe": "W4A16"}, ["first", "second"]
     with Journal(work, job) as journal:
         for shard in shards:
-            journal.record(shard)
+            journal.record_shard(shard, 1)
     path = work / JOURNAL_NAME
     whole = path.read_bytes()
     for end in range(len(whole)):
         path.write_bytes(whole[:end])
         num_whole = max(whole[:end].count(b"\n") - 1, 0)
         with Journal(work, job) as journal:
-            assert journal.finished == set(shards[:num_whole]), end
+            assert list(journal.shards) == shards[:num_whole], end
             for shard in shards[num_whole:]:
-                journal.record(shard)
+                journal.record_shard(shard, 1)
         assert path.read_bytes() == whole, end
 
 
@@ -151,17 +165,17 @@ OTHER_JOBS = {
 @pytest.mark.parametrize(("change", "fault"), OTHER_JOBS.values(), ids=OTHER_JOBS)
 def test_the_journal_of_a_job_with_it_is_refused_and_left_as_it_is(work, change, fault):
     with Journal(work, JOB) as journal:
-        journal.record("first")
+        journal.record_shard("first", 9)
     before, opened = (work / JOURNAL_NAME).read_bytes(), num_open_files()
     with pytest.raises(RequestError) as caught:
         Journal(work, JOB | change)
     message = str(caught.value)
     assert message.startswith(f"{work.parent} holds the output of another job: ")
     assert fault in message
-    assert message.endswith("; choose another OUT")
+    assert message.endswith("; choose another OUT, or --restart to discard what it has written")
     assert (work / JOURNAL_NAME).read_bytes() == before
     assert num_open_files() == opened
-    assert finished_in(work) == {"first"}
+    assert finished_in(work) == {"first": 9}
 
 
 def test_jobs_are_the_same_if_they_are_equal_in_every_key_of_either(tmp_path):
@@ -191,4 +205,4 @@ def test_a_second_process_is_refused_while_the_first_is_at_work(tmp_path: Path) 
     with Journal(tmp_path, JOB), pytest.raises(RequestError, match="another process is converting into"):
         Journal(tmp_path, JOB)
     with Journal(tmp_path, JOB) as journal:
-        assert journal.finished == set()
+        assert journal.shards == {}

@@ -25,6 +25,7 @@ from streamquant.checkpoint.source import Source
 from streamquant.errors import CheckpointError
 
 MAX_JSON_BYTES = 256 << 20
+HEADER = ", header "  # in the identity of a shard, before the hash of its header
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,9 @@ class Checkpoint:
     side_files: tuple[str, ...]  # neither weights nor files that a conversion writes anew
     layout: Layout = field(default_factory=Layout)
     left_out: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))  # file -> reason
-    identity: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))  # shard -> what it changes with
+    identity: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))  # file -> what changes with it
+    revision: str | None = None  # what the source is pinned to, if it has versions
+    is_remote: bool = False
 
     @property
     def quantization(self) -> Any:
@@ -59,7 +62,7 @@ def read_checkpoint(source: Source) -> Checkpoint:
     identity = {}
     for shard in shards:
         text = _read_header(source, shard, sizes[shard])
-        identity[shard] = f"{sizes[shard]} bytes, {source.stamp(shard)}, header {hashlib.sha256(text).hexdigest()}"
+        identity[shard] = f"{_identity(source, shard, sizes)}{HEADER}{hashlib.sha256(text).hexdigest()}"
         for spec in parse_header(text, file=shard, file_bytes=sizes[shard]):
             if spec.name in tensors:
                 raise CheckpointError(f"{spec.name} is in both {tensors[spec.name].file} and {shard}")
@@ -74,16 +77,33 @@ def read_checkpoint(source: Source) -> Checkpoint:
         if file in sizes and file != layout.config_name and _describes_quantization(source, file, sizes[file]):
             left_out[file] = DESCRIBES_ANOTHER_QUANTIZATION
     written = {layout.config_name, layout.index_name, RECORD_NAME, *shards}
+    side_files = tuple(file for file in sizes if file not in left_out and file not in written)
+    for file in (*side_files, *({layout.config_name, layout.index_name} & sizes.keys())):
+        identity[file] = _identity(source, file, sizes)
     return Checkpoint(
         source=source.name,
         shards=shards,
         tensors=MappingProxyType(tensors),
         config=None if config is None else MappingProxyType(config),
-        side_files=tuple(file for file in sizes if file not in left_out and file not in written),
+        side_files=side_files,
         layout=layout,
         left_out=MappingProxyType(left_out),
         identity=MappingProxyType(identity),
+        revision=source.revision,
+        is_remote=source.num_connections > 0,
     )
+
+
+def require_unchanged(checkpoint: Checkpoint, source: Source) -> None:
+    """Raise CheckpointError if a file that was read is no longer what it was."""
+    sizes = source.sizes()
+    for file, identity in checkpoint.identity.items():
+        if file not in sizes or identity.partition(HEADER)[0] != _identity(source, file, sizes):
+            raise CheckpointError(f"{file} of {source.name} changed while it was read; run again with --restart")
+
+
+def _identity(source: Source, file: str, sizes: Mapping[str, int]) -> str:
+    return f"{sizes[file]} bytes, {source.stamp(file)}"
 
 
 def _read_header(source: Source, shard: str, file_bytes: int) -> bytes:

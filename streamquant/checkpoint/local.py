@@ -1,6 +1,5 @@
 """A checkpoint on a file system."""
 
-import errno
 import os
 import stat
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Self
 from streamquant.checkpoint.layout import CONFIG_NAMES, layout_of_file
 from streamquant.errors import CheckpointError
 
-COPY_CHUNK_BYTES = 8 << 20
 SKIPPED_FOLDERS = {".git", ".cache", ".streamquant"}
 
 
@@ -22,6 +20,8 @@ class LocalSource:
             raise CheckpointError(f"{path} does not exist; SOURCE is a local directory or a .safetensors file")
         self.name = str(path)
         self.is_file = not path.is_dir()
+        self.revision: str | None = None
+        self.num_connections = 0
         if self.is_file and path.suffix != ".safetensors":
             raise CheckpointError(f"{path} is not a .safetensors file; SOURCE is a local directory or a .safetensors file")
         self.folder = path.parent if self.is_file else path
@@ -66,20 +66,8 @@ class LocalSource:
                 raise CheckpointError(f"{file} ends at byte {start + filled}; it was longer when its header was read")
             filled += count
 
-    def copy(self, file: str, start: int, num_bytes: int, target: int, target_start: int) -> None:
-        """Copy in the kernel where the file systems can, through a small buffer where they cannot."""
-        source, copied = self._open(file), 0
-        while copied < num_bytes:
-            chunk = min(num_bytes - copied, COPY_CHUNK_BYTES)
-            try:
-                count = os.copy_file_range(source, target, chunk, start + copied, target_start + copied)
-            except OSError as error:
-                if error.errno not in {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}:
-                    raise
-                count = os.pwrite(target, os.pread(source, chunk, start + copied), target_start + copied)
-            if count == 0:
-                raise CheckpointError(f"{file} ends at byte {start + copied}; it was longer when its header was read")
-            copied += count
+    def interrupt(self) -> None:
+        """Local reads do not wait."""
 
     def _open(self, file: str) -> int:
         descriptor = self._descriptors.get(file)

@@ -1,26 +1,52 @@
 """Where a checkpoint comes from: a folder of files that are read by position.
 
-A new kind of source is a new class with what `Source` has.
+A new kind of source is a new class with what `Source` has, and a line in `open_source`.
 """
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol, Self
 
 
-class Source(Protocol):
-    """A folder of files, read by position."""
+class Extent(NamedTuple):
+    """The bytes start..end of a file."""
+
+    file: str
+    start: int
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        """How many."""
+        return self.end - self.start
+
+
+class Reader(Protocol):
+    """Files that are read by position."""
+
+    def read(self, file: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes from `start` on. Safe to call from several threads.
+
+        Raises CheckpointError if the file ends before or is not what it was, NetworkError if it cannot be reached.
+        """
+
+
+class Source(Reader, Protocol):
+    """A folder of files. Holds no secret in `name`, which is for people."""
 
     name: str
     is_file: bool  # one file of weights, whatever lies beside it
+    revision: str | None  # what the source is pinned to, if it has versions
+    num_connections: int  # reads at a time that pay; 0 where reads are local and waiting for them is short
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exc: object) -> None: ...
 
     def sizes(self) -> Mapping[str, int]:
         """Bytes of every file, by name relative to the folder with forward slashes."""
 
     def stamp(self, file: str) -> str:
-        """What changes when the file is replaced (a modification time, an ETag)."""
+        """What changes when the file is replaced (a modification time, a hash of what is in it)."""
 
-    def read(self, file: str, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes from `start` on. Raises CheckpointError if the file ends before."""
-
-    def copy(self, file: str, start: int, num_bytes: int, target: int, target_start: int) -> None:
-        """Copy bytes into the open file descriptor `target` at `target_start`."""
+    def interrupt(self) -> None:
+        """Make every read that waits for the network fail soon."""

@@ -1,18 +1,41 @@
-"""Files of the output: written under temporary names, complete and flushed before they get their own."""
+"""Files of the output: written under temporary names, complete and flushed before they get their own.
+
+What holds after a loss of power, since each step waits for the disk: bytes are in the file before the journal says so, all bytes of a
+file before it has its name, its name before the journal says so, and every file before index and config.
+"""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
+
+from streamquant.checkpoint.checksum import Checksum
+
+NO_STEPS: Mapping[int, int] = MappingProxyType({})
 
 
 class ShardWriter:
-    """A safetensors file of known header and size, filled by position from any thread, in any order."""
+    """A file of known size that begins with `header`, filled step by step, by position, from any thread, in any order.
 
-    def __init__(self, path: Path, *, header: bytes, num_bytes: int):
+    `finished`: the steps whose bytes an earlier run has flushed, with their checksums. They are forgotten unless the file is there.
+    """
+
+    def __init__(self, path: Path, *, header: bytes, num_bytes: int, finished: Mapping[int, int] = NO_STEPS):
         self.path = path
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        os.ftruncate(self.descriptor, num_bytes)
-        self.write(0, memoryview(header))
+        self.num_bytes = num_bytes
+        goes_on = bool(finished) and path.is_file() and path.stat().st_size == num_bytes
+        self.finished = dict(finished) if goes_on else {}
+        truncate = 0 if goes_on else os.O_TRUNC
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | truncate | os.O_CLOEXEC, 0o666)
+        try:
+            os.ftruncate(self.descriptor, num_bytes)
+            first = StepWriter(self)
+            first.write(0, memoryview(header))
+        except BaseException:
+            self.close()
+            raise
+        self._header_checksum = first.checksum
 
     def __enter__(self) -> Self:
         return self
@@ -20,11 +43,17 @@ class ShardWriter:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def write(self, start: int, buffer: memoryview) -> None:
-        """Write all of `buffer` at byte `start`."""
-        written = 0
-        while written < len(buffer):
-            written += os.pwrite(self.descriptor, buffer[written:], start + written)
+    @property
+    def crc32(self) -> int:
+        """The CRC-32 of the file, once all its steps are finished."""
+        value = self._header_checksum
+        for checksum in self.finished.values():
+            value ^= checksum
+        return value
+
+    def flush(self) -> None:
+        """Wait until what was written is on the disk."""
+        os.fdatasync(self.descriptor)
 
     def publish(self, final: Path) -> None:
         """Flush to the disk, then give the file its name, then flush the name."""
@@ -38,6 +67,26 @@ class ShardWriter:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+
+
+class StepWriter:
+    """What one step writes into a file, and the checksum of that."""
+
+    def __init__(self, writer: ShardWriter):
+        self._writer = writer
+        self._checksum = Checksum(writer.num_bytes)
+
+    def write(self, start: int, buffer: memoryview) -> None:
+        """Write all of `buffer` at byte `start`."""
+        written = 0
+        while written < len(buffer):
+            written += os.pwrite(self._writer.descriptor, buffer[written:], start + written)
+        self._checksum.add(start, buffer)
+
+    @property
+    def checksum(self) -> int:
+        """What the step adds to the CRC-32 of the file."""
+        return self._checksum.value
 
 
 def write_file(final: Path, content: bytes, *, work: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from streamquant.checkpoint.checkpoint import Checkpoint
 from streamquant.checkpoint.header import TensorSpec
-from streamquant.checkpoint.source import Source
+from streamquant.checkpoint.source import Reader
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.inputs.awq import find_awq
 from streamquant.inputs.compressed import find_compressed
@@ -88,7 +88,7 @@ def stated_quantization(checkpoint: Checkpoint) -> Mapping[str, Any]:
     return next((stated for stated in said if isinstance(stated, dict)), {})
 
 
-def find_weights(checkpoint: Checkpoint, source: Source, *, expert_layout: str | None = None) -> Inventory:
+def find_weights(checkpoint: Checkpoint, source: Reader, *, expert_layout: str | None = None) -> Inventory:
     """Sort the tensors of a checkpoint. Reads nothing but `weight_shape` tensors, and those only where no header tells the shape.
 
     `expert_layout`: one of LAYOUTS, of 3-D stacks whose layout the model type does not tell; RequestError if it is another. What does
@@ -189,7 +189,7 @@ def _stored_modules(checkpoint: Checkpoint) -> dict[str, dict[str, TensorSpec]]:
     return modules
 
 
-def _hints(config: Mapping[str, Any] | None, stated: Mapping[str, Any], source: Source, expert_layout: str | None) -> Hints:
+def _hints(config: Mapping[str, Any] | None, stated: Mapping[str, Any], source: Reader, expert_layout: str | None) -> Hints:
     owners = language_configs(config)
     said = (owner.get(key) for owner in owners for key in ("dtype", "torch_dtype"))
     dtype = next((DTYPE_OF[value] for value in said if isinstance(value, str) and value in DTYPE_OF), "BF16")
@@ -230,7 +230,7 @@ def _reader(stated: Mapping[str, Any]) -> Callable[[str], Scheme | None]:
     return refuse
 
 
-def _read_shape(source: Source, spec: TensorSpec) -> tuple[int, int]:
+def _read_shape(source: Reader, spec: TensorSpec) -> tuple[int, int]:
     if (spec.dtype, spec.shape) != ("I64", (2,)):
         raise CheckpointError(f"{spec.name} is {spec.dtype} {list(spec.shape)}; a shape is I64 [2]")
     rows, columns = read_tensor(source, spec).tolist()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from streamquant.checkpoint.header import DTYPE_BITS, TensorSpec, tensor_bytes
-from streamquant.checkpoint.source import Source
+from streamquant.checkpoint.source import Extent, Reader
 from streamquant.errors import CheckpointError
 from streamquant.names import WEIGHT_SUFFIX
 from streamquant.schemes import Scheme
@@ -149,6 +149,11 @@ class Weight:
         return not isinstance(self.format, Dense)
 
     @property
+    def in_order(self) -> bool:
+        """Whether rows that follow each other lie behind each other in the source, with nothing between."""
+        return not self.format.by_columns and (self.place is None or self.place.step == 1)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes that the source has of it."""
         if self.place is None:
@@ -170,11 +175,15 @@ class Weight:
         """Bytes of its values."""
         return tensor_bytes(self.dtype, self.shape)
 
-    def read(self, source: Source, start: int, end: int, allocate: Allocate = new_memory) -> dict[str, Tensor]:
+    def read(self, source: Reader, start: int, end: int, allocate: Allocate = new_memory) -> dict[str, Tensor]:
         """What is stored of the rows start..end, by role: [n, ...] with what belongs to the first row first."""
         return {role: self._read(source, role, start, end, allocate) for role in self.tensors}
 
-    def read_whole(self, source: Source) -> dict[str, Tensor]:
+    def extents(self, start: int, end: int) -> list[Extent]:
+        """Where the source has what `read` reads, with what lies between."""
+        return [self._rectangle(role, start, end).extent for role in self.tensors]
+
+    def read_whole(self, source: Reader) -> dict[str, Tensor]:
         """What is stored once for all rows."""
         return {role: self._read(source, role, 0, 0, new_memory) for role in self.tensors.keys() & self.format.whole}
 
@@ -227,42 +236,75 @@ class Weight:
         other = num_lines if role in self.format.by_columns else width
         return self.format.line(role, self.shape[0]) * other * _element_bytes(self.tensors[role])
 
-    def _read(self, source: Source, role: str, start: int, end: int, allocate: Allocate) -> Tensor:
+    def _read(self, source: Reader, role: str, start: int, end: int, allocate: Allocate) -> Tensor:
+        rectangle = self._rectangle(role, start, end)
+        lines = _read_rectangle(source, role, rectangle, allocate)
+        if role in self.format.whole:
+            return lines
+        step = 1 if self.place is None else self.place.step
+        if role in self.format.by_columns:
+            # Turned at once: block by block it would take three times as long.
+            return lines[:, ::step].T.contiguous()
+        return lines[::step]
+
+    def _rectangle(self, role: str, start: int, end: int) -> "_Rectangle":
+        """Where a stored tensor has the rows start..end, and, if they are not next to each other, what lies between."""
         spec = self.tensors[role]
         first_line, num_lines, width = self._lines(role)
+        all_lines = (first_line, first_line + num_lines)
         if role in self.format.whole:
-            return _read_rectangle(source, role, spec, (first_line, first_line + num_lines), (0, width), width, allocate)
+            return _Rectangle(spec, width, all_lines, (0, width))
         _, first, step = self.place or Place(0)
         begin = self.format.line(role, first) + self.format.line(role, start) * step
         count = self.format.line(role, end) - self.format.line(role, start)
         chosen = (begin, begin + (count - 1) * step + 1)
         if role in self.format.by_columns:
-            lines = (first_line, first_line + num_lines)
-            # Turned at once: block by block it would take three times as long.
-            return _read_rectangle(source, role, spec, lines, chosen, width, allocate)[:, ::step].T.contiguous()
-        lines = (first_line + chosen[0], first_line + chosen[1])
-        return _read_rectangle(source, role, spec, lines, (0, width), width, allocate)[::step]
+            return _Rectangle(spec, width, all_lines, chosen)
+        return _Rectangle(spec, width, (first_line + chosen[0], first_line + chosen[1]), (0, width))
+
+
+class _Rectangle(NamedTuple):
+    """Lines and columns, half-open, of a stored tensor of `width` columns."""
+
+    spec: TensorSpec
+    width: int
+    lines: tuple[int, int]
+    columns: tuple[int, int]
+
+    @property
+    def line_bytes(self) -> int:
+        """Bytes of the chosen columns of a line."""
+        return (self.columns[1] - self.columns[0]) * _element_bytes(self.spec)
+
+    @property
+    def stride(self) -> int:
+        """Bytes from line to line."""
+        return self.width * _element_bytes(self.spec)
+
+    @property
+    def extent(self) -> Extent:
+        """From the first byte to the last."""
+        start = self.spec.start + self.lines[0] * self.stride + self.columns[0] * _element_bytes(self.spec)
+        num_lines = self.lines[1] - self.lines[0]
+        return Extent(self.spec.file, start, start + (num_lines - 1) * self.stride + self.line_bytes if num_lines else start)
 
 
 def _element_bytes(spec: TensorSpec) -> int:
     return DTYPE_BITS[spec.dtype] // 8
 
 
-def _read_rectangle(
-    source: Source, role: str, spec: TensorSpec, lines: tuple[int, int], columns: tuple[int, int], width: int, allocate: Allocate
-) -> Tensor:
-    """Lines and columns, half-open, of a tensor of `width` columns: [L, W]."""
-    element_bytes = _element_bytes(spec)
-    line_bytes = (columns[1] - columns[0]) * element_bytes
-    buffer = allocate(role, (lines[1] - lines[0]) * line_bytes)
-    start = spec.start + (lines[0] * width + columns[0]) * element_bytes
-    if line_bytes == width * element_bytes:
-        source.read(spec.file, start, buffer.numpy().data)
+def _read_rectangle(source: Reader, role: str, rectangle: _Rectangle, allocate: Allocate) -> Tensor:
+    """The elements of a rectangle: [L, W]."""
+    (file, start, end), line_bytes, stride = rectangle.extent, rectangle.line_bytes, rectangle.stride
+    num_lines = rectangle.lines[1] - rectangle.lines[0]
+    buffer = allocate(role, num_lines * line_bytes)
+    bytes_of = buffer.numpy().data
+    if end - start == len(bytes_of):
+        source.read(file, start, bytes_of)
     else:
-        bytes_of = buffer.numpy().data
-        for line in range(lines[1] - lines[0]):
-            source.read(spec.file, start + line * width * element_bytes, bytes_of[line * line_bytes : (line + 1) * line_bytes])
-    return buffer.view(_read_dtype(spec.dtype)).view(lines[1] - lines[0], columns[1] - columns[0])
+        for line in range(num_lines):
+            source.read(file, start + line * stride, bytes_of[line * line_bytes : (line + 1) * line_bytes])
+    return buffer.view(_read_dtype(rectangle.spec.dtype)).view(num_lines, rectangle.columns[1] - rectangle.columns[0])
 
 
 def no_scheme(module: str) -> Scheme | None:
@@ -310,7 +352,7 @@ def group_of_column(index: Tensor, num_groups: int) -> Tensor:
     return index.view(-1).long()
 
 
-def read_tensor(source: Source, spec: TensorSpec, start: int = 0, end: int | None = None) -> Tensor:
+def read_tensor(source: Reader, spec: TensorSpec, start: int = 0, end: int | None = None) -> Tensor:
     """The bytes start..end of a tensor, flat, in its dtype."""
     buffer = torch.empty((spec.num_bytes if end is None else end) - start, dtype=torch.uint8)
     source.read(spec.file, spec.start + start, buffer.numpy().data)
