@@ -46,7 +46,6 @@ class ReadAhead:
 
     def close(self) -> None:
         """Stop fetching."""
-        self._source.interrupt()
         self._fetchers.shutdown(cancel_futures=True)
 
     def pieces(self, tasks: Iterable[Task]) -> list[Extent]:

@@ -238,6 +238,8 @@ class _Engine:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._failure = self._failure or error
+        if error is not None:
+            self._source.interrupt()
         if self._read_ahead is not None:
             self._read_ahead.close()
         self._workers.shutdown(cancel_futures=True)

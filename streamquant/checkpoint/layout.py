@@ -68,6 +68,12 @@ def layout_of_file(file: str, beside: Collection[str]) -> Layout:
     return _layout(_stem(file), beside)
 
 
+def parts_of_file(file: str, beside: Collection[str]) -> tuple[str, ...]:
+    """What belongs to a checkpoint of one file of weights: that, and its config, if it is among the names beside it."""
+    configs = [name for name in CONFIG_NAMES if name in beside]
+    return (file, *({layout_of_file(file, configs).config_name} & set(configs)))
+
+
 def layout_of_folder(files: Collection[str], *, where: str) -> tuple[Layout, tuple[str, ...]]:
     """The layout of a folder with these files, and its shards, which are empty where an index lists them.
 

@@ -2,12 +2,14 @@
 
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from streamquant.checkpoint.layout import CONFIG_NAMES, layout_of_file
+from streamquant.checkpoint.layout import CONFIG_NAMES, parts_of_file
 from streamquant.errors import CheckpointError
 
+SOURCE = "SOURCE is a directory, a .safetensors file, a model on the Hub such as org/model, or a URL"
 SKIPPED_FOLDERS = {".git", ".cache", ".streamquant"}
 
 
@@ -17,13 +19,13 @@ class LocalSource:
     def __init__(self, path: str | os.PathLike[str]):
         path = Path(path)
         if not path.exists():
-            raise CheckpointError(f"{path} does not exist; SOURCE is a local directory or a .safetensors file")
+            raise CheckpointError(f"{path} does not exist; {SOURCE}")
         self.name = str(path)
         self.is_file = not path.is_dir()
         self.revision: str | None = None
         self.num_connections = 0
         if self.is_file and path.suffix != ".safetensors":
-            raise CheckpointError(f"{path} is not a .safetensors file; SOURCE is a local directory or a .safetensors file")
+            raise CheckpointError(f"{path} is not a .safetensors file; {SOURCE}")
         self.folder = path.parent if self.is_file else path
         self._file = path.name
         self._descriptors: dict[str, int] = {}
@@ -43,8 +45,7 @@ class LocalSource:
         """Bytes of every regular file; links to files are followed (the Hub cache is made of them), links to folders are not."""
         if self.is_file:
             configs = [name for name in CONFIG_NAMES if (self.folder / name).is_file()]
-            config = layout_of_file(self._file, configs).config_name
-            return {name: _size(self.folder / name) for name in (self._file, *configs) if name in {self._file, config}}
+            return {name: _size(self.folder / name) for name in parts_of_file(self._file, configs)}
         sizes = {}
         for folder, subfolders, files in os.walk(self.folder, onerror=_raise):
             subfolders[:] = sorted(set(subfolders) - SKIPPED_FOLDERS)
@@ -65,6 +66,9 @@ class LocalSource:
             if count == 0:
                 raise CheckpointError(f"{file} ends at byte {start + filled}; it was longer when its header was read")
             filled += count
+
+    def prepare(self, files: Sequence[str]) -> None:
+        """Nothing to do."""
 
     def interrupt(self) -> None:
         """Local reads do not wait."""

@@ -3,7 +3,7 @@
 A new kind of source is a new class with what `Source` has, and a line in `open_source`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol, Self
 
 
@@ -31,12 +31,23 @@ class Reader(Protocol):
 
 
 class Source(Reader, Protocol):
-    """A folder of files. Holds no secret in `name`, which is for people."""
+    """A folder of files."""
 
-    name: str
-    is_file: bool  # one file of weights, whatever lies beside it
-    revision: str | None  # what the source is pinned to, if it has versions
-    num_connections: int  # reads at a time that pay; 0 where reads are local and waiting for them is short
+    @property
+    def name(self) -> str:
+        """What people call it; holds no secrets."""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is one file of weights, whatever lies beside it."""
+
+    @property
+    def revision(self) -> str | None:
+        """What it is pinned to, if it has versions."""
+
+    @property
+    def num_connections(self) -> int:
+        """Reads at a time that pay; 0 where reads are local and waiting for them is short."""
 
     def __enter__(self) -> Self: ...
 
@@ -47,6 +58,9 @@ class Source(Reader, Protocol):
 
     def stamp(self, file: str) -> str:
         """What changes when the file is replaced (a modification time, a hash of what is in it)."""
+
+    def prepare(self, files: Sequence[str]) -> None:
+        """Do what is to be done once before these files are read from end to end."""
 
     def interrupt(self) -> None:
         """Make every read that waits for the network fail soon."""

@@ -1,0 +1,230 @@
+"""Ranges of files by HTTP, read straight into the caller's memory over connections that stay open.
+
+On the client of the standard library, which fills a buffer in place: with eight connections a GB takes it 0.3 s of CPU time, and httpx,
+which the Hub's own client is built on, 1.6 to 2.1 s, in which its threads hold each other up (benchmarks/README.md).
+"""
+
+import http.client
+import socket
+import ssl
+import threading
+import urllib.request
+from base64 import b64encode
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import NamedTuple
+from urllib.parse import SplitResult, unquote, urljoin, urlsplit
+
+import httpx
+
+from streamquant.checkpoint.retry import Transient, seconds_to_wait
+from streamquant.errors import CheckpointError, NetworkError
+
+STALL_SECONDS = 30.0  # without a byte: reconnect
+READ_BYTES = 256 << 10  # at most as much is read again after a stall
+MAX_REDIRECTS = 5
+BUSY = {408, 425, 429, 500, 502, 503, 504}
+REDIRECTS = {301, 302, 303, 307, 308}
+PORTS = {"http": 80, "https": 443}
+
+
+class Expired(Transient):
+    """The address has become invalid, as signed ones do."""
+
+
+@dataclass(slots=True)
+class Location:
+    """Where the bytes of a file are at the moment."""
+
+    url: str
+    headers: Mapping[str, str]  # for the host of `url` and no other
+    total_bytes: int
+    etag: str | None = None  # as far as it is known
+
+    @property
+    def host(self) -> str:
+        """For people: signed addresses are secrets."""
+        return urlsplit(self.url).hostname or "nowhere"
+
+
+class _Origin(NamedTuple):
+    scheme: str
+    host: str
+    port: int
+
+
+class HttpReader:
+    """Reads ranges over connections that it keeps. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._idle: defaultdict[_Origin, list[http.client.HTTPConnection]] = defaultdict(list)
+        self._busy: set[http.client.HTTPConnection] = set()
+        self._lock = threading.Lock()
+        self._context: ssl.SSLContext | None = None
+        self._stopped = False
+
+    def read(self, location: Location, start: int, buffer: memoryview) -> Iterator[int]:
+        """Fill `buffer` with the bytes from `start` on; yields how many more there are each time.
+
+        Raises Transient for what another attempt may not meet, Expired if that takes another address, CheckpointError if the file is
+        not the one that was announced, NetworkError for the rest.
+        """
+        origin, connection, response = self._get(location, f"bytes={start}-{start + len(buffer) - 1}")
+        is_whole = False
+        try:
+            _check(response, location, start, start + len(buffer))
+            filled = 0
+            while filled < len(buffer):
+                count = response.readinto(buffer[filled : filled + READ_BYTES])
+                if not count:
+                    raise Transient(f"{location.host} sent {filled} of {len(buffer)} bytes")
+                filled += count
+                yield count
+            is_whole = not response.will_close
+        except (OSError, http.client.HTTPException) as error:
+            raise Transient(_said(location, error)) from None
+        finally:
+            self._release(origin, connection, is_whole=is_whole)
+
+    def stop(self) -> None:
+        """Make every read that is under way fail."""
+        self._stopped = True
+        with self._lock:
+            for connection in self._busy:
+                if connection.sock is not None:
+                    with suppress(OSError):  # it may be closed by now
+                        connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the connections that are not in use."""
+        with self._lock:
+            for connections in self._idle.values():
+                for connection in connections:
+                    connection.close()
+            self._idle.clear()
+
+    def _get(self, location: Location, wanted: str) -> tuple[_Origin, http.client.HTTPConnection, http.client.HTTPResponse]:
+        """The answer to a request, after redirects."""
+        url, headers = location.url, {**location.headers}
+        for _ in range(MAX_REDIRECTS):
+            parts = urlsplit(url)
+            if parts.scheme not in PORTS or not parts.hostname:
+                raise NetworkError(f"{location.host} leads to an address that is not of http or https")
+            origin = _Origin(parts.scheme, parts.hostname, parts.port or PORTS[parts.scheme])
+            connection, response = self._request(origin, parts, headers | {"Range": wanted, "Accept-Encoding": "identity"}, location)
+            if response.status not in REDIRECTS:
+                return origin, connection, response
+            target = response.getheader("Location")
+            self._release(origin, connection, is_whole=False)
+            if not target:
+                raise NetworkError(f"{location.host} redirects to nowhere")
+            url = urljoin(url, target)
+            if urlsplit(url).hostname != parts.hostname:
+                headers = {}
+        raise NetworkError(f"{location.host} redirects more than {MAX_REDIRECTS} times")
+
+    def _request(
+        self, origin: _Origin, parts: SplitResult, headers: Mapping[str, str], location: Location
+    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        while True:
+            connection, is_reused = self._connection(origin)
+            try:
+                connection.request("GET", _target(parts), headers={**_proxy_headers(origin), **headers})
+                return connection, connection.getresponse()
+            except (OSError, http.client.HTTPException) as error:
+                self._release(origin, connection, is_whole=False)
+                if isinstance(error, ssl.SSLCertVerificationError):
+                    raise NetworkError(f"{origin.host} has a certificate that is not trusted: {error.verify_message}") from None
+                if not is_reused:  # one that was kept may just have been closed by the other side
+                    raise Transient(_said(location, error)) from None
+
+    def _connection(self, origin: _Origin) -> tuple[http.client.HTTPConnection, bool]:
+        with self._lock:
+            if self._stopped:
+                raise NetworkError(f"{origin.host}: stopped")
+            is_reused = bool(self._idle[origin])
+            connection = self._idle[origin].pop() if is_reused else self._new_connection(origin)
+            self._busy.add(connection)
+        return connection, is_reused
+
+    def _new_connection(self, origin: _Origin) -> http.client.HTTPConnection:
+        proxy = _proxy(origin)
+        host, port = (origin.host, origin.port) if proxy is None else (str(proxy.hostname), proxy.port or PORTS["http"])
+        if origin.scheme == "http":
+            return http.client.HTTPConnection(host, port, timeout=STALL_SECONDS)
+        if self._context is None:
+            self._context = httpx.create_ssl_context()  # SSL_CERT_FILE, or certifi's certificates
+        connection = http.client.HTTPSConnection(host, port, timeout=STALL_SECONDS, context=self._context)
+        if proxy is not None:
+            connection.set_tunnel(origin.host, origin.port, headers=_proxy_authorization(proxy))
+        return connection
+
+    def _release(self, origin: _Origin, connection: http.client.HTTPConnection, *, is_whole: bool) -> None:
+        with self._lock:
+            self._busy.discard(connection)
+            if is_whole and not self._stopped:
+                self._idle[origin].append(connection)
+            else:
+                connection.close()
+
+
+def _check(response: http.client.HTTPResponse, location: Location, start: int, end: int) -> None:
+    """Raise unless the answer has exactly these bytes of that file."""
+    status, host = response.status, location.host
+    if status in BUSY:
+        raise Transient(f"{host} answers {status} {response.reason}", after=seconds_to_wait(response.getheader("Retry-After")))
+    if status in {401, 403}:
+        raise Expired(f"{host} answers {status} {response.reason}")
+    if status == 416:
+        raise CheckpointError(f"it has no byte {start} on {host}, but {location.total_bytes} bytes when it was listed: the source changed")
+    if status not in {200, 206}:
+        raise NetworkError(f"{host} answers {status} {response.reason}")
+    content_range = response.getheader("Content-Range", "").removeprefix("bytes ")
+    found, _, total = content_range.partition("/")
+    if status == 200:
+        found, total = "whole", response.getheader("Content-Length", "*")
+    if total not in {"*", str(location.total_bytes)}:
+        raise CheckpointError(f"it has {total} bytes on {host}, and had {location.total_bytes} when it was listed: the source changed")
+    if found != f"{start}-{end - 1}" and not (status == 200 and (start, end) == (0, location.total_bytes)):
+        raise NetworkError(f"{host} does not answer with the range of bytes that it was asked for; --cache downloads whole files")
+    etag = response.getheader("ETag")
+    if location.etag is not None and etag != location.etag:
+        raise CheckpointError(f"its ETag on {host} changed while it was read: the source changed")
+    location.etag = etag
+
+
+def _said(location: Location, error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return f"{location.host} sent nothing for {STALL_SECONDS:.0f} s"
+    return f"{location.host}: {error or type(error).__name__}"
+
+
+# --- proxies, by the usual variables of the environment --------------------------------------------------------------
+
+
+def _proxy(origin: _Origin) -> SplitResult | None:
+    proxy = urllib.request.getproxies().get(origin.scheme)
+    if not proxy or urllib.request.proxy_bypass(origin.host):
+        return None
+    return urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+
+
+def _proxy_authorization(proxy: SplitResult) -> dict[str, str]:
+    if proxy.username is None:
+        return {}
+    credentials = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}".encode()
+    return {"Proxy-Authorization": f"Basic {b64encode(credentials).decode()}"}
+
+
+def _proxy_headers(origin: _Origin) -> dict[str, str]:
+    """What a proxy wants with each request; through a tunnel it sees none."""
+    proxy = _proxy(origin)
+    return {} if proxy is None or origin.scheme == "https" else _proxy_authorization(proxy)
+
+
+def _target(parts: SplitResult) -> str:
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    is_proxied = parts.scheme == "http" and _proxy(_Origin("http", str(parts.hostname), 0)) is not None
+    return f"http://{parts.netloc}{path}" if is_proxied else path
