@@ -198,7 +198,7 @@ def convert(
             with Journal(work, job, files=files_of(the_plan), restart=restart) as journal:
                 todo = [shard for shard in the_plan.shards if not is_done(shard, out, journal)]
                 resumed = len(the_plan.shards) - len(todo)
-                opened.prepare([*the_plan.checkpoint.shards, *the_plan.checkpoint.side_files])
+                opened.prepare(list(the_plan.checkpoint.identity))
                 require_space(todo, out=out, work=work, temporary_bytes=spool_bytes(todo, memory))
                 stream_shards(
                     todo,

@@ -62,14 +62,15 @@ class ReadAhead:
         Waits for buffers. Every task must be started before the next is asked for, and release what it read from in the end.
         """
         window: list[T] = []
-        num_buffers = 0
+        extents: list[Extent] = []
         for group in groups:
-            needed = len(self.pieces(group))
-            if window and num_buffers + needed > WINDOW_BUFFERS:
+            own = self.pieces(group)
+            together = coalesce([*extents, *own], max_bytes=self._buffer_bytes)
+            if window and len(together) > WINDOW_BUFFERS:
                 yield from self._fetch_window(window)
-                window, num_buffers = [], 0
+                window, together = [], own
             window += group
-            num_buffers += needed
+            extents = together
         yield from self._fetch_window(window)
 
     def _fetch_window(self, tasks: Sequence[T]) -> Iterator[tuple[T, "Reading"]]:

@@ -224,7 +224,8 @@ class _Engine:
         self._buffers = threading.local()
         self._slots = threading.Semaphore(QUEUED_TASKS * memory.num_workers)
         self._failure: BaseException | None = None
-        self._read_ahead = ReadAhead(source, memory.read_ahead_bytes) if memory.read_ahead_bytes else None
+        reads_ahead = memory.read_ahead_bytes and source.num_connections  # which it has not if all was downloaded since the plan
+        self._read_ahead = ReadAhead(source, memory.read_ahead_bytes) if reads_ahead else None
         self._spools: list[Spool] = []
         # Until glibc has seen a large block freed, it returns what each operation frees to the kernel, which hands it out again page
         # by page: two thirds of the system time of FP8. See mallopt(3), M_MMAP_THRESHOLD.

@@ -54,7 +54,7 @@ def read_checkpoint(source: Source) -> Checkpoint:
 
     Raises CheckpointError if a file is missing, damaged or contradicts another.
     """
-    sizes = source.sizes()
+    sizes = dict(sorted(source.sizes().items()))  # in one order, wherever they come from
     layout, shards = _lay_out(source, sizes)
     weight_map = {} if shards else _read_index(source, layout.index_name, sizes)
     shards = shards or tuple(sorted(set(weight_map.values())))

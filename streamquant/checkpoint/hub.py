@@ -62,6 +62,7 @@ class HubSource:
         self._open = ExitStack()
         self._cached: LocalSource | None = None
         self._cached_files: set[str] = set()
+        self.revision: str | None = None
         if constants.HF_HUB_OFFLINE:
             self.revision, self._files = self._list_cache()
         else:
@@ -107,8 +108,11 @@ class HubSource:
         """Download these files into the cache, if that is wanted."""
         if self._downloads and not constants.HF_HUB_OFFLINE:
             names = [f"{self._prefix}{file}" for file in files]
-            download = partial(self._api.snapshot_download, self._repository, revision=self.revision, allow_patterns=names)
-            self._call(download, f"downloading {self.name}")
+            # By the name of the branch, which the cache is then going to know.
+            download = partial(self._api.snapshot_download, self._repository, revision=self._asked, allow_patterns=names)
+            folder = self._call(download, f"downloading {self.name}")
+            if Path(folder).name != self.revision:
+                raise CheckpointError(f"{self.name} has moved on from {self.revision} while it was downloaded; run the same command again")
             self._look_into_cache()
 
     def interrupt(self) -> None:
@@ -159,8 +163,10 @@ class HubSource:
         """The same, from the cache alone."""
         try:
             folder = Path(snapshot_download(self._repository, revision=self._asked, local_files_only=True))
-        except LocalEntryNotFoundError:
-            raise CheckpointError(f"{self.name} is neither here nor in the cache of the Hub, and HF_HUB_OFFLINE is set") from None
+        except LocalEntryNotFoundError as error:
+            if not hasattr(error, "snapshot_path"):
+                raise CheckpointError(f"{self.name} is neither here nor in the cache of the Hub, and HF_HUB_OFFLINE is set") from None
+            folder = Path(error.snapshot_path)  # some files are not there; whether those matter is not known yet
         self._cached = self._open.enter_context(LocalSource(folder / self._prefix))
         sizes = self._cached.sizes()
         self._cached_files = set(sizes)
@@ -211,7 +217,8 @@ class HubSource:
                     f"{name} is neither here nor on {endpoint}; check the name, or log in with `hf auth login` or HF_TOKEN if it is private"
                 ) from None
             except RevisionNotFoundError:
-                raise CheckpointError(f"{name} has no revision {self._asked}, or no longer; see {endpoint}/{name}") from None
+                revision = self.revision or self._asked or "main"
+                raise CheckpointError(f"{name} has no revision {revision}, or no longer; see {endpoint}/{name}") from None
             except HfHubHTTPError as error:
                 status = error.response.status_code
                 said = f"{endpoint} answers {status} {error.response.reason_phrase}"

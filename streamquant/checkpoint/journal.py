@@ -98,7 +98,7 @@ def require_same_job(theirs: Mapping[str, Any], ours: Mapping[str, Any], *, wher
     for key in {**ours, **theirs}:
         if theirs.get(key) != ours.get(key):
             was, now = _differing(theirs.get(key), ours.get(key))
-            if key == REVISION_KEY and theirs.get(key):
+            if key == REVISION_KEY and theirs.get(key) and way_out == RESTART:
                 way_out = f"--revision {theirs[key]} goes on with it, or {way_out}"
             raise RequestError(f"{where} holds the output of another job: its {key} is {was}, now it is {now}; {way_out}")
 
