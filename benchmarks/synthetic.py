@@ -17,7 +17,7 @@ import torch
 
 from streamquant.checkpoint.header import build_header
 from streamquant.checkpoint.layout import Layout
-from streamquant.checkpoint.writer import ShardWriter
+from streamquant.checkpoint.writer import ShardWriter, StepWriter
 
 BYTES_PER_WEIGHT = 2  # bfloat16
 BLOCK_ELEMENTS = 1 << 24
@@ -133,7 +133,7 @@ def write_checkpoint(folder: Path, tensors: Sequence[Tensor], config: dict[str, 
         with ShardWriter(folder / file, header=header, num_bytes=specs[-1].end) as writer:
             if not sparse:
                 for spec in specs:
-                    _write_normal(writer, spec.start, spec.num_elements)
+                    _write_normal(StepWriter(writer), spec.start, spec.num_elements)
     if len(batches) > 1:
         total = sum(tensor.num_bytes for tensor in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -153,12 +153,12 @@ def _batches(tensors: Sequence[Tensor], shard_bytes: int) -> Iterator[list[Tenso
     yield batch
 
 
-def _write_normal(writer: ShardWriter, start: int, num_elements: int) -> None:
+def _write_normal(output: StepWriter, start: int, num_elements: int) -> None:
     generator = torch.Generator().manual_seed(SEED + start)
     for first in range(0, num_elements, BLOCK_ELEMENTS):
         count = min(BLOCK_ELEMENTS, num_elements - first)
         block = torch.empty(count).normal_(0.0, 0.02, generator=generator).to(torch.bfloat16)
-        writer.write(start + first * BYTES_PER_WEIGHT, block.view(torch.uint8).numpy().data)
+        output.write(start + first * BYTES_PER_WEIGHT, block.view(torch.uint8).numpy().data)
 
 
 def main() -> None:

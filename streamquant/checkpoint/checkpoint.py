@@ -4,7 +4,8 @@ layout.py tells from the names of a source's files what they are; `read_checkpoi
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from types import MappingProxyType
@@ -25,6 +26,7 @@ from streamquant.checkpoint.source import Source
 from streamquant.errors import CheckpointError
 
 MAX_JSON_BYTES = 256 << 20
+HEADER_GUESS_BYTES = 64 << 10  # of 400 tensors
 HEADER = ", header "  # in the identity of a shard, before the hash of its header
 
 
@@ -60,8 +62,7 @@ def read_checkpoint(source: Source) -> Checkpoint:
     shards = shards or tuple(sorted(set(weight_map.values())))
     tensors: dict[str, TensorSpec] = {}
     identity = {}
-    for shard in shards:
-        text = _read_header(source, shard, sizes[shard])
+    for shard, text in _read_headers(source, shards, sizes):
         identity[shard] = f"{_identity(source, shard, sizes)}{HEADER}{hashlib.sha256(text).hexdigest()}"
         for spec in parse_header(text, file=shard, file_bytes=sizes[shard]):
             if spec.name in tensors:
@@ -106,11 +107,25 @@ def _identity(source: Source, file: str, sizes: Mapping[str, int]) -> str:
     return f"{sizes[file]} bytes, {source.stamp(file)}"
 
 
+def _read_headers(source: Source, shards: Sequence[str], sizes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
+    """The JSON of each header; of a few at a time where reading takes long, no more, for they may be large."""
+    at_a_time = max(source.num_connections, 1)
+    with ThreadPoolExecutor(at_a_time, "streamquant-headers") as pool:
+        for start in range(0, len(shards), at_a_time):
+            batch = shards[start : start + at_a_time]
+            yield from zip(batch, pool.map(lambda shard: _read_header(source, shard, sizes[shard]), batch), strict=True)
+
+
 def _read_header(source: Source, shard: str, file_bytes: int) -> bytes:
-    prefix = bytearray(min(LENGTH_BYTES, file_bytes))
-    source.read(shard, 0, memoryview(prefix))
-    text = bytearray(header_length(bytes(prefix), file=shard, file_bytes=file_bytes))
-    source.read(shard, LENGTH_BYTES, memoryview(text))
+    """The JSON of a header, as a rule by one read."""
+    guess = bytearray(min(HEADER_GUESS_BYTES, file_bytes))
+    source.read(shard, 0, memoryview(guess))
+    end = LENGTH_BYTES + header_length(bytes(guess[:LENGTH_BYTES]), file=shard, file_bytes=file_bytes)
+    text = guess[LENGTH_BYTES:end]
+    if end > len(guess):
+        rest = bytearray(end - len(guess))
+        source.read(shard, len(guess), memoryview(rest))
+        text += rest
     return bytes(text)
 
 
