@@ -9,7 +9,7 @@ import os
 import queue
 import tempfile
 import threading
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +20,8 @@ from streamquant.checkpoint.source import Extent, Source
 GAP_BYTES = 128 << 10  # fetched in less time than another request takes
 NUM_BUFFERS = 16
 WINDOW_BUFFERS = 4
+WINDOW_BYTES = 8 << 20
+KEPT_WINDOWS = 4
 
 
 class Task(Protocol):
@@ -131,6 +133,36 @@ class Reading:
         """Say that nothing more is read."""
         for piece in self._pieces:
             piece.release()
+
+
+class Windows:
+    """Reads a remote source by large pieces and keeps the last few, for whoever reads small ones that lie behind each other."""
+
+    def __init__(self, source: Source):
+        self._source, self._sizes = source, source.sizes()
+        self._kept: OrderedDict[Extent, bytearray] = OrderedDict()
+
+    def read(self, file: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes from `start` on."""
+        filled = 0
+        while filled < len(buffer):
+            extent, window = self._window(file, start + filled)
+            first = start + filled - extent.start
+            count = min(len(buffer) - filled, len(window) - first)
+            buffer[filled : filled + count] = memoryview(window)[first : first + count]
+            filled += count
+
+    def _window(self, file: str, position: int) -> tuple[Extent, bytearray]:
+        for extent in self._kept:
+            if extent.file == file and extent.start <= position < extent.end:
+                self._kept.move_to_end(extent)
+                return extent, self._kept[extent]
+        extent = Extent(file, position, min(position + WINDOW_BYTES, self._sizes[file]))
+        if len(self._kept) == KEPT_WINDOWS:
+            self._kept.popitem(last=False)
+        window = self._kept[extent] = bytearray(extent.num_bytes)
+        self._source.read(file, position, memoryview(window))
+        return extent, window
 
 
 class Spool:

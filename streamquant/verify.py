@@ -19,12 +19,13 @@ from streamquant.checkpoint.header import TensorSpec, parse_object
 from streamquant.checkpoint.journal import RECORD_NAME, read_record
 from streamquant.checkpoint.local import LocalSource
 from streamquant.checkpoint.open_source import open_source
-from streamquant.checkpoint.source import Source
+from streamquant.checkpoint.source import Reader
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.inputs import Inventory, Stack, Weight, find_weights, no_scheme, read_tensor
 from streamquant.memory import BLOCK_ELEMENTS, COPY_BYTES, row_blocks
 from streamquant.names import ModelFacts, fused_groups, role_of
 from streamquant.quantization_config import quantized_modules
+from streamquant.read_ahead import Windows
 from streamquant.schemes import Scheme
 from streamquant.stored import DENSE_DTYPES, stored_tensors
 
@@ -104,7 +105,7 @@ def verify(
             # What looks like a scale that no output needs may be a parameter of the source.
             others = {name: _column(checkpoint.tensors[name]) for name in inventory.dropped}
             ours = _Side(source, _apart(inventory, together) | others)
-            theirs = _Side(original, _apart(originals, together))
+            theirs = _Side(Windows(original) if original.num_connections else original, _apart(originals, together))
             report = replace(report, problems=[*problems, *originals.problems])
             return _compare(report, ours, theirs, scheme_of, on_progress)
 
@@ -206,7 +207,7 @@ def _said(what: tuple[str, tuple[int, ...]] | None) -> str:
     return "missing" if what is None else f"{what[0]} {list(what[1])}"
 
 
-def _scale_problems(weight: Weight, source: Source) -> list[str]:
+def _scale_problems(weight: Weight, source: Reader) -> list[str]:
     problems = []
     for spec in weight.tensors.values():
         suffix = spec.name.rpartition(".")[2]
@@ -223,7 +224,7 @@ def _scale_problems(weight: Weight, source: Source) -> list[str]:
     return problems
 
 
-def _fused_problems(stored: Mapping[str, Weight], scheme_of: Callable[[str], Scheme | None], source: Source) -> list[str]:
+def _fused_problems(stored: Mapping[str, Weight], scheme_of: Callable[[str], Scheme | None], source: Reader) -> list[str]:
     problems = []
     for modules in fused_groups((module, weight.shape[1]) for module, weight in stored.items()):
         schemes = [scheme_of(module) for module in modules]
@@ -242,7 +243,7 @@ def _fused_problems(stored: Mapping[str, Weight], scheme_of: Callable[[str], Sch
 class _Side(NamedTuple):
     """A checkpoint to compare, as matrices by name."""
 
-    source: Source
+    source: Reader
     weights: Mapping[str, Weight]
 
 
@@ -302,7 +303,7 @@ def _column(spec: TensorSpec) -> Weight:
     return Weight(spec.name, spec.dtype, (spec.num_elements, 1), {"weight": spec})
 
 
-def _weight_error(ours: Weight, source: Source, original: Weight, original_source: Source, *, scheme: str) -> TensorError:
+def _weight_error(ours: Weight, source: Reader, original: Weight, original_source: Reader, *, scheme: str) -> TensorError:
     both_codes = ours.is_quantized and original.is_quantized  # those that were kept have the same values before any rounding
     noise = signal = 0.0
     for start, end in _blocks(ours, original):
@@ -321,7 +322,7 @@ def _blocks(*weights: Weight) -> Iterator[tuple[int, int]]:
     return row_blocks(*weights[0].shape, row_multiple=multiple, max_elements=BLOCK_ELEMENTS)
 
 
-def _same_bytes(ours: TensorSpec, source: Source, theirs: TensorSpec, original: Source) -> bool:
+def _same_bytes(ours: TensorSpec, source: Reader, theirs: TensorSpec, original: Reader) -> bool:
     if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
         return False
     for start in range(0, theirs.num_bytes, COPY_BYTES):
@@ -354,6 +355,6 @@ def dequantize(out: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
                     yield spec.name, read_tensor(source, spec).view(spec.shape)
 
 
-def _decode(weight: Weight, source: Source) -> Tensor:
+def _decode(weight: Weight, source: Reader) -> Tensor:
     """All of a weight, float32 if it is quantized."""
     return torch.cat([weight.values(weight.read(source, *rows)) for rows in _blocks(weight)])

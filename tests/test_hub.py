@@ -227,6 +227,16 @@ def test_every_command_takes_a_model_on_the_hub(serve: Start, model: Path, tmp_p
         assert done.returncode == 0, done.stderr
 
 
+def test_comparing_with_the_hub_reads_it_by_large_pieces(serve: Start, tmp_path: Path) -> None:
+    converted(WIKI_LLAMA, tmp_path / "out")
+    hub = serve(WIKI_LLAMA)
+    report = streamquant.verify(tmp_path / "out", against=REPO)
+    assert not report.problems
+    assert report.num_copied == 15
+    num_shards = len(list(WIKI_LLAMA.glob("*.safetensors")))
+    assert len(bodies(hub, "safetensors")) < 4 * num_shards
+
+
 @pytest.mark.parametrize(
     ("source", "settings", "error", "said"),
     [

@@ -121,7 +121,7 @@ class HttpReader:
             if not target:
                 raise NetworkError(f"{location.host} redirects to nowhere")
             url = urljoin(url, target)
-            if urlsplit(url).hostname != parts.hostname:
+            if urlsplit(url)[:2] != parts[:2]:
                 headers = {}
         raise NetworkError(f"{location.host} redirects more than {MAX_REDIRECTS} times")
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self, TypeVar
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import httpx
 from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download, try_to_load_from_cache
@@ -197,7 +197,7 @@ class HubSource:
                 f"not {expected.num_bytes} with {expected.content}"
             )
         location = Location(metadata.location, {}, expected.num_bytes)
-        if location.host == Location(constants.ENDPOINT, {}, 0).host:
+        if urlsplit(metadata.location)[:2] == urlsplit(constants.ENDPOINT)[:2]:
             location.headers = build_hf_headers()  # with the token, which no other host gets to see
         return location
 
