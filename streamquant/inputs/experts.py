@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from streamquant.checkpoint.header import TensorSpec
-from streamquant.errors import CheckpointError
+from streamquant.errors import CheckpointError, quoted
 from streamquant.inputs.fp8 import SCALE_DTYPES, ScaledFp8, scale_unit
 from streamquant.inputs.mxfp4 import BLOCK_BYTES, BLOCK_ELEMENTS, MxFp4Blocks, MxFp4BlocksTransposed
 from streamquant.inputs.weight import DENSE, Dense, Hints, InputFormat, Place, Weight
@@ -161,7 +161,7 @@ def _no_values(stack: _Found) -> str:
     main = stack.main
     if not stack.tensors.keys() <= {"weight", "bias"} or main.dtype in DENSE_DTYPES:
         return ""
-    way_out = f"to leave the experts as they are: --ignore '{stack.prefix}'"
+    way_out = f"to leave the experts as they are: --ignore {quoted(stack.prefix)}"
     return f"{main.name} is {main.dtype} without scales; only {', '.join(DENSE_DTYPES)} can be quantized ({way_out})"
 
 
@@ -169,7 +169,7 @@ def _unknown(spec: TensorSpec, hints: Hints) -> str:
     model = hints.model_types[-1] if hints.model_types else "no model type"
     return (
         f"{spec.name} {list(spec.shape)} stacks experts in 3-D in a layout that is not known for {model}: "
-        f"state it with --expert-layout {'|'.join(LAYOUTS)}, or leave it as it is: --ignore '{spec.name}'"
+        f"state it with --expert-layout {'|'.join(LAYOUTS)}, or leave it as it is: --ignore {quoted(spec.name)}"
     )
 
 
