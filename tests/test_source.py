@@ -216,7 +216,7 @@ def test_the_identity_changes_with_the_header_and_with_the_time_of_a_shard(shard
 
 def test_side_files_are_listed_but_not_what_a_conversion_writes_anew(single):
     side_files = ["README.md", "chat_template.jinja", "generation_config.json", "modeling_x.py", "tokenizer.json", "tokenizer.model"]
-    side_files += ["1_Pooling/config.json", "original/deep/params.json", ".gitattributes", "empty.txt", "Größe\n.txt"]
+    side_files += ["1_Pooling/config.json", "original/deep/params.json", ".gitattributes", "empty.txt", "Größe\u202f.txt"]
     anew = ["streamquant.json", ".git/config", "vae/.git", ".cache/huggingface/download/a.lock"]
     for file in side_files + anew:
         (single / file).parent.mkdir(parents=True, exist_ok=True)
@@ -384,7 +384,7 @@ def test_a_tensor_in_two_shards_is_refused(sharded):
 
 
 @pytest.mark.parametrize(
-    "shard", ["../other/model.safetensors", "x/../../other/model.safetensors", "/abs.safetensors", "..\\x.safetensors", "a\0.safetensors"]
+    "shard", ["../other/model.safetensors", "x/../../other/model.safetensors", "/abs.safetensors", "..\\x.safetensors"]
 )
 def test_an_index_that_leaves_the_folder_is_refused(tmp_path, single, shard):
     write_single(tmp_path / "other")

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Self
 
 from streamquant.checkpoint.layout import CONFIG_NAMES, layout_of_file
+from streamquant.checkpoint.source import SKIPPED
 from streamquant.errors import CheckpointError
 
 COPY_CHUNK_BYTES = 8 << 20
-SKIPPED = {".git", ".cache", ".streamquant"}
 # A pipe or a device may have taken the place of a file since it was listed; opened without these, it could stop the program.
 NO_WAITING = os.O_NONBLOCK | os.O_NOCTTY
 
