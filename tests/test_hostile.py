@@ -8,6 +8,7 @@ import resource
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ import streamquant
 from streamquant import cli
 from streamquant.checkpoint import checkpoint, limits, source
 from streamquant.checkpoint.checkpoint import read_checkpoint
-from streamquant.checkpoint.header import build_header
+from streamquant.checkpoint.header import TensorSpec, build_header
 from streamquant.checkpoint.limits import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, MAX_JSON_DEPTH, MAX_TENSOR_NAME
 from streamquant.checkpoint.local import LocalSource
 from streamquant.errors import CheckpointError, RequestError, StreamquantError
+from streamquant.inputs.experts import find_stacks
+from streamquant.inputs.weight import Hints, no_scheme
+from streamquant.names import ModelFacts
 from tests.checkpoints import attention, file_bytes, weight, write_checkpoint
 
 INDEX = "model.safetensors.index.json"
@@ -433,6 +437,27 @@ def test_regular_expressions_of_a_megabyte_are_refused(folder: Path) -> None:
     assert streamquant.verify(folder).problems == [
         f"quantization_config holds regular expressions of more than {limits.MAX_PATTERN_CHARS} characters"
     ]
+
+
+# --- time ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_prediction_layer_is_found_as_fast_among_many() -> None:
+    facts = ModelFacts.from_config({}, (f"model.layers.{number}.eh_proj.weight" for number in range(50_000)))
+    started = time.monotonic()
+    found = [facts.prediction_layer(f"model.layers.{number}.mlp.up_proj") for number in range(40_000, 60_000)]
+    assert time.monotonic() - started < 5  # it takes 0.05 s; one by one, 60 s
+    assert found[:10_000] == [f"model.layers.{number}" for number in range(40_000, 50_000)]
+    assert set(found[10_000:]) == {None}
+
+
+def test_many_stacks_of_experts_are_found_as_fast_as_few() -> None:
+    said = {"dtype": "BF16", "quantization": {}, "block": (128, 128), "scheme_of": no_scheme, "model_types": (), "expert_layout": "rows"}
+    hints = Hints(**said, shape_of=lambda _: (1, 1))
+    specs = [TensorSpec(f"m.{number}.experts.down_proj", "BF16", (1, 16, 16), "x", 0, 512) for number in range(15_000)]
+    started = time.monotonic()
+    assert len(find_stacks(specs, hints)) == 15_000
+    assert time.monotonic() - started < 4  # it takes 0.3 s; each among all, 8 s
 
 
 # --- code ------------------------------------------------------------------------------------------------------------

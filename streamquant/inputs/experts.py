@@ -11,6 +11,7 @@ Legend: E experts, H hidden size, I size of an expert.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -114,7 +115,10 @@ def find_stacks(tensors: Iterable[TensorSpec], hints: Hints) -> list[Stack]:
     for stack in stacks:
         _check(stack)
     _refuse_too_many(stacks)
-    layouts = {stack.prefix: _layout(stack.prefix, stacks, hints) for stack in stacks}
+    layers: defaultdict[str, list[_Found]] = defaultdict(list)
+    for stack in stacks:
+        layers[stack.prefix].append(stack)
+    layouts = {prefix: _layout(prefix, layer, hints) for prefix, layer in layers.items()}
     problems = {stack.prefix: problem for stack in stacks if (problem := _no_values(stack))}  # of all stacks of a layer, or of none
     found = [_stack(stack, layouts[stack.prefix], problems.get(stack.prefix, ""), hints) for stack in stacks]
     named = {spec.name for stack in stacks for spec in stack.tensors.values()}
@@ -174,14 +178,14 @@ def _unknown(spec: TensorSpec, hints: Hints) -> str:
     )
 
 
-def _layout(prefix: str, stacks: Iterable[_Found], hints: Hints) -> str | None:
+def _layout(prefix: str, layer: Sequence[_Found], hints: Hints) -> str | None:
     """The layout of the stacks of a layer; None if it is not known."""
-    shapes = {("down" if stack.leaf in _DOWN else "gate_up"): stack.shape for stack in stacks if stack.prefix == prefix}
+    shapes = {("down" if stack.leaf in _DOWN else "gate_up"): stack.shape for stack in layer}
     known = (hints.expert_layout,) if hints.expert_layout else next((MODEL_LAYOUTS[t] for t in hints.model_types if t in MODEL_LAYOUTS), ())
     if not known:
         return None
     gate_up, down = shapes.get("gate_up"), shapes.get("down")
-    if gate_up is None or down is None or any("blocks" in stack.tensors for stack in stacks if stack.prefix == prefix):
+    if gate_up is None or down is None or any("blocks" in stack.tensors for stack in layer):
         return known[0]
     for layout in known:
         (rows, columns), (down_rows, down_columns) = gate_up[1:], down[1:]
