@@ -180,6 +180,14 @@ def test_a_hostile_name_in_an_index_is_refused(folder: Path, name: str) -> None:
     assert "leaves the folder" in said or "control or invisible characters" in said or "valid JSON" in said
 
 
+@pytest.mark.parametrize("number", ["00000", "00001"])
+def test_shards_numbered_of_none_are_files_of_any_other_name(folder: Path, number: str) -> None:
+    name = f"model-{number}-of-00000.safetensors"
+    (folder / "model.safetensors").rename(folder / name)
+    with LocalSource(folder) as opened:
+        assert read_checkpoint(opened).shards == (name,)
+
+
 # --- names of tensors ------------------------------------------------------------------------------------------------
 
 
