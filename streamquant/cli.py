@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import streamquant
 from streamquant import report
 from streamquant.convert import plan_memory, resolve_device
 from streamquant.engines import check, find_engine
-from streamquant.errors import RequestError, StreamquantError
+from streamquant.errors import RequestError, StreamquantError, one_line
 from streamquant.inputs import LAYOUTS
 from streamquant.schemes import FORMATS
 from streamquant.schemes.observers import OBSERVERS
@@ -118,7 +118,7 @@ def convert(source: str, out: str, *, dry_run: bool, report_file: str | None, qu
     if report_file is not None:
         Path(report_file).write_text(json.dumps(conversion.to_json(), indent=2) + "\n", encoding="utf-8")
     if not quiet:
-        click.echo("\n".join(report.conversion_lines(conversion)))
+        click.echo(_text(report.conversion_lines(conversion)))
 
 
 @cli.command()
@@ -163,9 +163,9 @@ def _print_plan(
             click.echo(part, nl=False)
         click.echo()
     else:
-        click.echo("\n".join(report.plan_lines(the_plan, memory)))
+        click.echo(_text(report.plan_lines(the_plan, memory)))
         if target is not None:
-            click.echo("\n".join(["", *report.engine_lines(target, findings, tp=tp)]))
+            click.echo(_text(["", *report.engine_lines(target, findings, tp=tp)]))
     problems = [finding for finding in findings if not finding.conditional]
     if target is not None and problems:
         others = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
@@ -179,7 +179,7 @@ def _print_plan(
 def inspect(source: str, *, revision: str | None, as_json: bool) -> None:
     """Show what is in a checkpoint, from its headers."""
     inspection = streamquant.inspect(source, revision=revision)
-    click.echo(json.dumps(inspection.to_json()) if as_json else "\n".join(report.inspection_lines(inspection)))
+    click.echo(json.dumps(inspection.to_json()) if as_json else _text(report.inspection_lines(inspection)))
 
 
 @cli.command()
@@ -193,7 +193,7 @@ def verify(out: str, *, against: str | None, revision: str | None, expert_layout
     if revision is not None and against is None:
         raise RequestError(f"--revision {revision} is one of a source; say of which with --against")
     result = streamquant.verify(out, against=against, revision=revision, expert_layout=expert_layout)
-    click.echo(json.dumps(result.to_json()) if as_json else "\n".join(report.verification_lines(result)))
+    click.echo(json.dumps(result.to_json()) if as_json else _text(report.verification_lines(result)))
     if result.problems:
         raise streamquant.VerificationError(f"{out}: {len(result.problems)} problems")
 
@@ -201,7 +201,7 @@ def verify(out: str, *, against: str | None, revision: str | None, expert_layout
 @cli.command()
 def schemes() -> None:
     """List the schemes: bits per weight, how they are stored, which engines load them."""
-    click.echo("\n".join(report.scheme_lines()))
+    click.echo(_text(report.scheme_lines()))
 
 
 class _ProgressBar:
@@ -266,6 +266,11 @@ def _terminate(number: int, frame: object) -> None:
     raise _Terminated
 
 
+def _text(lines: Iterable[str]) -> str:
+    """Lines as they are printed, whoever wrote the names and the settings in them."""
+    return "\n".join(map(one_line, lines))
+
+
 def _fail(message: str, exit_code: int) -> None:
-    click.echo(f"error: {message}", err=True)
+    click.echo(f"error: {one_line(message)}", err=True)
     sys.exit(exit_code)

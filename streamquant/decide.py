@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from streamquant.errors import CheckpointError, RequestError
+from streamquant.errors import CheckpointError, RequestError, quoted
 from streamquant.inputs import Inventory, Stack, Weight
 from streamquant.names import (
     EMBEDDING,
@@ -244,7 +244,7 @@ def _options(flag: str, names: Sequence[str]) -> str:
     patterns = list(dict.fromkeys(experts_of(module) or module for module in map(module_name, names)))
     if len(patterns) > 3:
         patterns = list(dict.fromkeys(_glob(module) for module in patterns))
-    return " ".join(f"{flag} '{pattern}'" for pattern in patterns)
+    return " ".join(f"{flag} {quoted(pattern)}" for pattern in patterns)
 
 
 def _glob(module: str) -> str:

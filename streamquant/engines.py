@@ -19,7 +19,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from streamquant.errors import RequestError
+from streamquant.errors import RequestError, quoted
 from streamquant.names import MTP, ModelFacts, experts_of, fold, language_configs
 from streamquant.plan import Copy, Encode, Plan
 from streamquant.quantization_config import stored_like
@@ -335,7 +335,7 @@ def _of_model(plan: Plan, engine: Engine) -> Iterator[Finding]:
     if problem is not None:
         for owner, scheme in sorted(owners):
             count = len({found for step, found in _experts(plan) if fold(found) == owner and step.scheme.title == scheme})
-            remedy = f"--ignore '{_glob(owner)}'"
+            remedy = f"--ignore {quoted(_glob(owner))}"
             yield Finding(layers=owner, count=count, scheme=scheme, problem=f"{engine.title} {problem}", remedy=remedy)
 
 
@@ -359,7 +359,7 @@ def _mixed_experts(plan: Plan, engine: Engine) -> Iterator[Finding]:
                 count=len(layers),
                 scheme=", ".join(sorted(ways.values())),
                 problem=f"{engine.title} reads all experts of a model by one scheme",
-                remedy=f"one scheme for all of them, or --ignore '{_glob(folded)}'",
+                remedy=f"one scheme for all of them, or --ignore {quoted(_glob(folded))}",
             )
 
 
@@ -376,7 +376,7 @@ def _experts(plan: Plan) -> Iterator[tuple[Encode, str]]:
 def _ignore(layer: _Layer) -> str:
     """The options that keep a layer; engines stack experts, so all of them are kept."""
     modules = [layer.modules[0].rpartition(".experts.")[0] + ".experts"] if layer.expert else layer.modules
-    return " ".join(f"--ignore '{_glob(module)}'" for module in modules)
+    return " ".join(f"--ignore {quoted(_glob(module))}" for module in modules)
 
 
 def _glob(folded: str) -> str:

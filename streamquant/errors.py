@@ -1,6 +1,17 @@
 """What a user can see go wrong. Each message says what, where, what was needed and the way out, in one line."""
 
-MAX_MESSAGE = 1500
+MAX_LINE = 1500
+
+
+def one_line(text: str) -> str:
+    """The text as it may be shown: what would break the line or steer a terminal is escaped, what would fill the screen cut."""
+    line = text if text.isprintable() else "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} ... {line[-MAX_LINE // 2 :]}"
+
+
+def quoted(text: str) -> str:
+    """The text in quotes that end where it ends, also in the shell of somebody who pastes the option that a message offers."""
+    return "'" + text.replace("'", "'\\''") + "'"
 
 
 class StreamquantError(Exception):
@@ -9,9 +20,8 @@ class StreamquantError(Exception):
     exit_code = 1
 
     def __init__(self, message: str):
-        """Names come from files of others: what would break the line is escaped, what would fill the screen cut."""
-        line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
-        super().__init__(line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 2 :]}")
+        """Names in the message come from files of others."""
+        super().__init__(one_line(message))
 
 
 class RequestError(StreamquantError):

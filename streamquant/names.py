@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 WEIGHT_SUFFIX = ".weight"
+MAX_COUNT = 2**31  # of layers, experts and heads
 
 
 class FusedSet(NamedTuple):
@@ -99,7 +100,7 @@ class ModelFacts:
     num_experts: int | None = None
     num_kv_heads: int | None = None
     ties_embeddings: bool | None = None  # lm_head is the embedding
-    prediction_layers: tuple[str, ...] = ()  # `model.layers.61.`: what else their names begin with tells that they predict more tokens
+    prediction_layers: frozenset[str] = frozenset()  # `model.layers.61.`: what stands in them tells that they predict more tokens
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None, tensors: Iterable[str] = ()) -> "ModelFacts":
@@ -111,14 +112,13 @@ class ModelFacts:
         layer_keys = ("num_hidden_layers", "n_layer", "n_layers")
         ties = [owner["tie_word_embeddings"] for owner in (whole, text) if isinstance(owner.get("tie_word_embeddings"), bool)]
         expert_keys = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-        num_kv_heads = text.get("num_key_value_heads")
         moe = text["moe"] if isinstance(text.get("moe"), dict) else {}  # of params.json
         return cls(
-            num_layers=next((text[key] for key in layer_keys if type(text.get(key)) is int), None),
-            num_experts=next((owner[key] for owner in (text, moe) for key in expert_keys if type(owner.get(key)) is int), None),
+            num_layers=next((text[key] for key in layer_keys if _is_count(text.get(key))), None),
+            num_experts=next((owner[key] for owner in (text, moe) for key in expert_keys if _is_count(owner.get(key))), None),
             ties_embeddings=any(ties) if ties else None,
-            prediction_layers=tuple(sorted({name[: match.end()] for name in tensors if (match := _BESIDE_PREDICTION.search(name))})),
-            num_kv_heads=num_kv_heads if type(num_kv_heads) is int and num_kv_heads > 0 else None,
+            prediction_layers=frozenset(name[: match.end()] for name in tensors if (match := _BESIDE_PREDICTION.search(name))),
+            num_kv_heads=text["num_key_value_heads"] if _is_count(text.get("num_key_value_heads")) else None,
         )
 
     def prediction_layer(self, module: str) -> str | None:
@@ -126,7 +126,15 @@ class ModelFacts:
         layer = _LAYER.search(module)
         if layer is not None and self.num_layers is not None and int(layer[1]) >= self.num_layers:
             return module[: layer.end(1)]
-        return next((prefix[:-1] for prefix in self.prediction_layers if module.startswith(prefix)), None)
+        if not self.prediction_layers:
+            return None
+        ends = (number.end() for number in _NUMBER.finditer(module))
+        return next((module[:end] for end in ends if module[: end + 1] in self.prediction_layers), None)
+
+
+def _is_count(value: object) -> bool:
+    """Whether this may be the number of something. Of larger ones in a config Python cannot even print what they add up to."""
+    return type(value) is int and 0 < value < MAX_COUNT
 
 
 def language_configs(config: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:

@@ -13,8 +13,9 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from streamquant.checkpoint.checkpoint import Checkpoint
-from streamquant.checkpoint.header import DTYPE_BITS, TensorSpec, build_header
+from streamquant.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, TensorSpec, build_header
 from streamquant.checkpoint.layout import Layout
+from streamquant.checkpoint.limits import MAX_HEADERS_BYTES, MAX_TENSORS, fault_of_tensor_name
 from streamquant.decide import NOT_A_MATRIX, Decision, Keep, decide, taken_apart, way_out
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.inputs import Inventory, Stack, Weight
@@ -374,17 +375,36 @@ def _lay_out(drafts: Sequence[_Draft], layout: Layout, max_shard_bytes: int) -> 
             filled = 0
         batches[-1].append(draft)
         filled += step_bytes
-    return tuple(_shard(layout.shard_name(number, len(batches)), batch) for number, batch in enumerate(batches, start=1))
+    laid_out = [_shard(layout.shard_name(number, len(batches)), batch) for number, batch in enumerate(batches, start=1)]
+    _require_readable([specs for _, specs in laid_out])
+    return tuple(shard for shard, _ in laid_out)
 
 
-def _shard(file: str, drafts: Sequence[_Draft]) -> Shard:
+def _require_readable(outputs: Iterable[Sequence[TensorSpec]]) -> None:
+    """Raise RequestError if the output, given shard by shard, would be refused as a source: it has longer and more names than its own."""
+    num_tensors = num_bytes = 0
+    for specs in filter(None, outputs):
+        header_bytes = specs[0].start
+        num_tensors, num_bytes = num_tensors + len(specs), num_bytes + header_bytes
+        if header_bytes > MAX_HEADER_BYTES:
+            raise RequestError(f"{specs[0].file} would have a header of {header_bytes} bytes; give a smaller --max-shard-size")
+        longest = max((spec.name for spec in specs), key=len)
+        if fault := fault_of_tensor_name(longest):
+            raise RequestError(f"the output would hold {longest!r}, which {fault}")
+    if num_tensors > MAX_TENSORS or num_bytes > MAX_HEADERS_BYTES:
+        allowed = f"{MAX_TENSORS} in {MAX_HEADERS_BYTES}"
+        raise RequestError(f"the output would have {num_tensors} tensors in {num_bytes} bytes of headers; {allowed} are read")
+
+
+def _shard(file: str, drafts: Sequence[_Draft]) -> tuple[Shard, list[TensorSpec]]:
+    """A shard, and the tensors in it by their places."""
     outputs = [draft.outputs() for draft in drafts]
     # Widest elements first, so that every tensor is aligned to its element.
     in_order = sorted((output for lists in outputs for own in lists for output in own), key=lambda output: -DTYPE_BITS[output[1]])
     header, placed = build_header(in_order, file=file)
     places = {spec.name: spec for spec in placed}
     end = placed[-1].end if placed else len(header)
-    return Shard(file, tuple([draft.step(lists, places) for draft, lists in zip(drafts, outputs, strict=True)]), end)
+    return Shard(file, tuple([draft.step(lists, places) for draft, lists in zip(drafts, outputs, strict=True)]), end), placed
 
 
 # --- as plain values -------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from streamquant.checkpoint.limits import MAX_PATTERN_CHARS
 from streamquant.errors import CheckpointError
 from streamquant.names import name_in_vllm
 from streamquant.schemes import NATIVE_FP8, Scheme, scheme_from_config
@@ -125,6 +126,8 @@ class _NameSet:
         entries = list(entries)
         self._names = {entry for entry in entries if not entry.startswith("re:")}
         patterns = [entry.removeprefix("re:") for entry in entries if entry.startswith("re:")]
+        if sum(map(len, patterns)) > MAX_PATTERN_CHARS:
+            raise CheckpointError(f"quantization_config holds regular expressions of more than {MAX_PATTERN_CHARS} characters")
         try:
             self._pattern = re.compile("|".join(f"(?:{pattern})" for pattern in patterns)) if patterns else None
         except (re.error, OverflowError, RecursionError) as error:

@@ -16,6 +16,7 @@ import torch
 import streamquant
 from streamquant import memory
 from streamquant.checkpoint.header import build_header
+from streamquant.checkpoint.limits import MAX_JSON_DEPTH
 from streamquant.errors import CheckpointError, RequestError, StorageError
 from streamquant.plan import Copy, Encode
 from streamquant.schemes import SCHEMES
@@ -218,9 +219,9 @@ def test_no_stale_description_of_a_quantization_stays_beside_ours(tmp_path: Path
     assert written["thinker_config"] == {"model_type": "x", "text_config": {"a": 1, "b": 2}}
 
 
-def test_a_config_of_any_depth_is_written(tmp_path: Path) -> None:
+def test_a_config_as_deep_as_is_read_is_written(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", attention())
-    config = '{"a": ' * 700 + "1" + "}" * 700
+    config = '{"a": ' * MAX_JSON_DEPTH + "1" + "}" * MAX_JSON_DEPTH
     (source / "config.json").write_text(config)
     streamquant.convert(source, tmp_path / "out", scheme="W4A16")
     assert "".join((tmp_path / "out" / "config.json").read_text().split()).startswith(config.replace(" ", "")[:-1])

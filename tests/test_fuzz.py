@@ -1,6 +1,7 @@
 """Damaged checkpoints of every kind by the thousand: one line of error, or a plan that the safetensors library agrees with.
 
-Now and then the plan is carried out: an error again, or an output that passes its verification against the damaged source.
+Now and then the plan is carried out: an error again, or an output that passes its verification against the damaged source. And now and
+then a listing holds names that no folder could: an error, or nothing but names that stay in the folder.
 
 python -m tests.test_fuzz 20000 [SEED]      more of them; a case that fails names itself and leaves its folder behind
 """
@@ -24,13 +25,17 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import load_file
 
 import streamquant
+from streamquant.checkpoint.checkpoint import read_checkpoint
 from streamquant.checkpoint.header import DTYPE_BITS
+from streamquant.checkpoint.local import LocalSource
+from streamquant.errors import one_line
 from streamquant.plan import Copy, Encode
-from streamquant.report import summary_lines
+from streamquant.report import inspection_lines, summary_lines
 from tests.fuzz_sources import CONFIG, INDEX, write_models
 
 TRACED = 8  # every so many cases the memory is watched, which is slow
 CONVERTED = 3  # every so many plans are carried out
+LISTED = 4  # every so many checkpoints are read again with other names in their listing
 SECONDS = 60  # more than any case may take
 MEMORY_PER_BYTE, MEMORY_BASE = 20, 16 << 20
 
@@ -39,8 +44,17 @@ Random = random.Random
 
 PLAUSIBLE = b"\x38"  # twice or four times over a small positive number in every dtype
 DEEP = "nested very deeply"  # stands for what json.dumps cannot write
+HIDDEN = ("\x1b]0;x\x07", "\r", "\x7f", "\x9b1m", "\u200b", "\u200d", "\u2028", "\u202e", "\u2066", "\ufeff", "\ud800", "\udce9")
 NAMES = (
     *("", "weight", ".weight", "a.weight", "__metadata__", "lm_head.weight", "重み.weight"),
+    *(
+        "a'; rm -rf ~ #.weight",
+        "../../a.weight",
+        "a b\u3000.weight",
+        "x" * 1017 + ".weight",
+        "1." * 500 + "weight",
+        "mtp.1.mlp.up_proj.weight",
+    ),
     *("a\n.weight", "\u202e\0.weight", "\ud800.weight", "x" * 5000 + ".weight", f"model.layers.{'9' * 5000}.mlp.up_proj.weight"),
     *("model.layers.0.mlp.experts.up_proj", "model.layers.0.mlp.experts.0.up_proj.weight", "model.layers.0.mlp.experts.0.down_proj.weight"),
     *("model.layers.0.mlp.gate.weight", "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.weight_scale"),
@@ -58,6 +72,16 @@ SHAPES = (
 )
 SIZES = (0, 1, 2, 3, 7, 8, 15, 16, 31, 32, 33, 64, 128)
 VALUES = (
+    *(
+        *HIDDEN,
+        10**18,
+        10**4299,
+        -(10**4299),
+        [10**4299, 10**4299],
+        "..\\x.safetensors",
+        ".cache/x.safetensors",
+        "x" * 300 + ".safetensors",
+    ),
     *(None, True, False, 0, -1, 1, 2, 2**31, 2**63, 2**64, 10**400, 0.5, -0.0, 1e308, math.inf, math.nan),
     *([], {}, [[]], [1] * 100, [-1], [2**63, 2], DEEP, "", "1", "x" * 5000, "\ud800", "a\nb", "BF16", "F8_E4M3", "F4", "U8", "F64"),
     *("..", "model.safetensors", "/etc/passwd", "../x.safetensors", {"num_hidden_layers": 1}, {"num_experts": 16}),
@@ -90,6 +114,7 @@ VALUES = (
     *(3, 4, 8, 16, 32, 128, 4.0, 32.0, "4", "32", [4], {"4": 4}, [16, 16], [1, 16], [16, 1], [2**31, 8], [10**400, 1], [0, 0], [16.0, 16]),
 )
 CONFIG_KEYS = (
+    *("num_key_value_heads", "tie_word_embeddings", "moe", "architectures", "dtype"),
     *("num_hidden_layers", "num_experts", "text_config", "quantization_config", "compression_config", "model_type", "torch_dtype"),
 )
 QUANTIZATION_KEYS = (
@@ -108,6 +133,35 @@ REQUESTS: tuple[dict[str, Any], ...] = (
 # A plan cannot know that values in the source are no numbers, nor that codes which are kept were meant to have scales.
 SOURCE_IS_WRONG = ("scales that are not finite and positive", "has no scale", "relative error of nan", "relative error of inf")
 TINY, HUGE = 1e-30, 1e5  # a larger weight destroys those that share a scale with it, a smaller one has no scale
+# Beside a file, or in its place.
+FILES = (
+    *("model.safetensors", "consolidated.safetensors", "tokenizer.json", "a.gguf", "sub/a.safetensors", "params.json", ".git", ".cache/a"),
+    *("model-00001-of-00000.safetensors", "model-99999-of-99999.safetensors", "streamquant.json/a", "model.safetensors/a", "a'b\\c.txt"),
+    *("\x1b[31m.txt", "\u202etxt.exe", "\udce9.txt", "a\u3000b.txt", "\u0661-of.safetensors"),
+)
+LINKS = ("nowhere", CONFIG, INDEX, "../dense/config.json", "/etc/hostname", "/dev/zero", ".", "..", "/")
+PARTS = (
+    *HIDDEN,
+    "",
+    "/",
+    "//",
+    "\\",
+    ".",
+    "..",
+    "...",
+    "a",
+    "ü",
+    "重み",
+    ".git",
+    ".cache",
+    ".streamquant",
+    CONFIG,
+    ".safetensors",
+    " ",
+    "\u202f",
+    "'",
+    "x" * 130,
+)
 BYTES = (*(bytes([byte]) for byte in b'"{}[],:-09\\ \n\0\xff'), b"\\u", b"\\ud800", b"\xed\xa0\x80", b"e9")
 
 
@@ -262,16 +316,18 @@ def damage_tensor(header: dict[str, Any], rng: Random) -> None:
 def damage_folder(files: Files, rng: Random) -> None:
     """Take a file away, swap two, put something else in its place or another beside it."""
     first, second = rng.sample(sorted(files), 2)
-    action = rng.randrange(4)
+    action = rng.randrange(5)
     if action == 0:
         del files[first]
     elif action == 1:
         files[first], files[second] = files[second], files[first]
     elif action == 2:
-        added = rng.choice(("model.safetensors", "consolidated.safetensors", "tokenizer.json", "a.gguf", "sub/a.safetensors"))
-        files[added] = files[second]
+        files[rng.choice(FILES)] = files[second]
+    elif action == 3:
+        target = rng.choice((*LINKS, first, second))
+        files[rng.choice((first, *FILES))] = lambda path: path.symlink_to(target)
     else:
-        files[first] = rng.choice((Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere"), lambda path: path.symlink_to(path.name)))
+        files[first] = rng.choice((Path.mkdir, os.mkfifo))
 
 
 def pick(files: Files, rng: Random) -> tuple[str, bytes]:
@@ -370,7 +426,8 @@ def carried_out(folder: Path, request: Mapping[str, Any], out: Path) -> str:
         named(error)
     try:
         plan = streamquant.convert(folder, out, **request, threads=1).plan
-        summary_lines(plan)
+        lines = summary_lines(plan) + inspection_lines(streamquant.inspect(folder))
+        assert all(one_line(line).isprintable() for line in lines)
         streamquant.engines.check(plan, engine="vllm", tp=2)
         problems = streamquant.verify(out, against=folder, expert_layout=request.get("expert_layout")).problems
         assert all(map(source_is_wrong, problems)) or is_absurd(folder), problems
@@ -384,6 +441,34 @@ def carried_out(folder: Path, request: Mapping[str, Any], out: Path) -> str:
     return "verified"
 
 
+class Listing(LocalSource):
+    """A source whose listing holds more names than there are files."""
+
+    names: tuple[str, ...] = ()
+
+    def sizes(self) -> dict[str, int]:
+        """The files, and 1 byte of each other name."""
+        return super().sizes() | dict.fromkeys(self.names, 1)
+
+
+def listed(folder: Path, rng: Random) -> str:
+    """Read a checkpoint with hostile names in its listing: "listed", or the class of the error."""
+    with Listing(folder) as source:
+        source.names = tuple("".join(rng.choices(PARTS, k=rng.randint(1, 5))) for _ in range(rng.choice((1, 1, 2, 4))))
+        try:
+            checkpoint = read_checkpoint(source)
+        except streamquant.StreamquantError as error:
+            return named(error)
+    for file in (*checkpoint.side_files, *checkpoint.shards, *checkpoint.left_out):
+        path = os.path.normpath(folder / file)
+        assert path == f"{folder}/{file}", file
+        assert not any(hidden in file for hidden in HIDDEN), ascii(file)
+        assert not {".git", ".cache", ".streamquant"}.intersection(Path(file).parts), file
+        assert all(parent.as_posix() not in checkpoint.side_files for parent in Path(file).parents), file
+        assert max(len(os.fsencode(part)) for part in Path(file).parts) < 256, file
+    return "listed"
+
+
 def source_is_wrong(problem: str) -> bool:
     """Whether this says what the source is to blame for, and verification alone can see."""
     return any(said in problem for said in SOURCE_IS_WRONG)
@@ -391,7 +476,7 @@ def source_is_wrong(problem: str) -> bool:
 
 def is_absurd(folder: Path) -> bool:
     """Whether weights and scales in the source are beyond what verification can tell from nonsense."""
-    tensors = [tensor for shard in folder.glob("*.safetensors") for tensor in load_file(shard).values()]
+    tensors = [tensor for shard in folder.glob("*.safetensors") if shard.is_file() for tensor in load_file(shard).values()]
     values = [tensor.double().abs() for tensor in tensors if tensor.is_floating_point() and tensor.dtype != torch.float8_e4m3fn]
     return any(not bool(((value == 0) | ((value > TINY) & (value < HUGE))).all()) for value in values)
 
@@ -434,9 +519,11 @@ def fuzz(num_cases: int, seed: int, folder: Path) -> Counter[str]:
         request = rng.choice(REQUESTS)
         damage(files, rng)
         changed = {file for file in files.keys() | whole[name].keys() if files.get(file) is not whole[name].get(file)}
-        place(folder / name, changed, files)
         signal.alarm(SECONDS)
         try:
+            if case % LISTED == 0:
+                outcomes[f"{listed(folder / name, rng)} of a listing"] += 1
+            place(folder / name, changed, files)
             if case % TRACED:
                 outcomes[outcome(folder / name, request, None if case % CONVERTED else folder / "out")] += 1
             else:
@@ -460,12 +547,14 @@ def too_long(number: int, frame: object) -> None:
 
 def place(folder: Path, names: set[str], files: Files) -> None:
     """Make what is in `folder` under these names what it is in `files`."""
-    for name in names:
+    for name in sorted(names):
         path = folder / name
-        if path.is_dir():
+        if not path.parent.is_dir():
+            path.parent.unlink(missing_ok=True)
+            path.parent.mkdir()
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
-        path.parent.mkdir(exist_ok=True)
         content = files.get(name)
         if callable(content):
             content(path)
@@ -482,6 +571,7 @@ def test_a_damaged_checkpoint_gives_a_plan_or_one_line_of_error(tmp_path):
     assert outcomes["verified"] > 50
     assert outcomes["CheckpointError"] > 200
     assert outcomes["RequestError"] > 20
+    assert outcomes["listed of a listing"] > 20
 
 
 if __name__ == "__main__":

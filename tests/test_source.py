@@ -178,7 +178,7 @@ def test_shards_may_lie_in_subfolders(tmp_path):
 
 
 def test_the_layout_of_the_hub_cache_is_read_through_its_links(tmp_path, sharded):
-    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "0123abcd"
+    blobs, snapshot = (tmp_path / "models--org--name" / part for part in ("blobs", "snapshots/0123abcd"))
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for number, path in enumerate(sorted(sharded.iterdir())):
@@ -216,8 +216,8 @@ def test_the_identity_changes_with_the_header_and_with_the_time_of_a_shard(shard
 
 def test_side_files_are_listed_but_not_what_a_conversion_writes_anew(single):
     side_files = ["README.md", "chat_template.jinja", "generation_config.json", "modeling_x.py", "tokenizer.json", "tokenizer.model"]
-    side_files += ["1_Pooling/config.json", "original/deep/params.json", ".gitattributes", "empty.txt", "Größe\n.txt"]
-    anew = ["streamquant.json", ".git/config", ".cache/huggingface/download/a.lock"]
+    side_files += ["1_Pooling/config.json", "original/deep/params.json", ".gitattributes", "empty.txt", "Größe\u202f.txt"]
+    anew = ["streamquant.json", ".git/config", "vae/.git", ".cache/huggingface/download/a.lock"]
     for file in side_files + anew:
         (single / file).parent.mkdir(parents=True, exist_ok=True)
         (single / file).write_text("" if file == "empty.txt" else "x", encoding="utf-8")
@@ -384,7 +384,7 @@ def test_a_tensor_in_two_shards_is_refused(sharded):
 
 
 @pytest.mark.parametrize(
-    "shard", ["../other/model.safetensors", "x/../../other/model.safetensors", "/abs.safetensors", "..\\x.safetensors", "a\0.safetensors"]
+    "shard", ["../other/model.safetensors", "x/../../other/model.safetensors", "/abs.safetensors", "..\\x.safetensors"]
 )
 def test_an_index_that_leaves_the_folder_is_refused(tmp_path, single, shard):
     write_single(tmp_path / "other")
@@ -460,7 +460,7 @@ def test_threads_may_read_the_same_file_at_once(large):
     before = num_open_files()
     with source, ThreadPoolExecutor(16) as pool:
         assert list(pool.map(read_at, starts)) == [content[start : start + 1000] for start in starts]
-        assert num_open_files() == before + 1
+        assert num_open_files() <= before + 16  # one for each thread
     assert num_open_files() == before
 
 

@@ -4,7 +4,8 @@ layout.py tells from the names of a source's files what they are; `read_checkpoi
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -17,15 +18,23 @@ from streamquant.checkpoint.layout import (
     CONFIG_NAMES,
     DESCRIBES_ANOTHER_QUANTIZATION,
     QUANTIZATION_KEYS,
+    SUFFIX,
     Layout,
     layout_of_file,
     layout_of_folder,
     reason_to_leave_out,
 )
-from streamquant.checkpoint.source import Source
+from streamquant.checkpoint.limits import (
+    MAX_CONFIG_BYTES,
+    MAX_HEADERS_BYTES,
+    MAX_INDEX_BYTES,
+    MAX_JSON_DEPTH,
+    MAX_TENSORS,
+    fault_of_file_name,
+)
+from streamquant.checkpoint.source import Source, list_files
 from streamquant.errors import CheckpointError
 
-MAX_JSON_BYTES = 256 << 20
 HEADER_GUESS_BYTES = 64 << 10  # of 400 tensors
 HEADER = ", header "  # in the identity of a shard, before the hash of its header
 
@@ -56,29 +65,36 @@ def read_checkpoint(source: Source) -> Checkpoint:
 
     Raises CheckpointError if a file is missing, damaged or contradicts another.
     """
-    sizes = dict(sorted(source.sizes().items()))  # in one order, wherever they come from
+    sizes = list_files(source)
     layout, shards = _lay_out(source, sizes)
     weight_map = {} if shards else _read_index(source, layout.index_name, sizes)
     shards = shards or tuple(sorted(set(weight_map.values())))
     tensors: dict[str, TensorSpec] = {}
     identity = {}
+    header_bytes = 0
     for shard, text in _read_headers(source, shards, sizes):
+        header_bytes += len(text)
+        if header_bytes > MAX_HEADERS_BYTES:
+            raise CheckpointError(f"the headers up to {shard} have {header_bytes} bytes; {MAX_HEADERS_BYTES} are read")
         identity[shard] = f"{_identity(source, shard, sizes)}{HEADER}{hashlib.sha256(text).hexdigest()}"
         for spec in parse_header(text, file=shard, file_bytes=sizes[shard]):
             if spec.name in tensors:
                 raise CheckpointError(f"{spec.name} is in both {tensors[spec.name].file} and {shard}")
             tensors[spec.name] = spec
+        if len(tensors) > MAX_TENSORS:
+            raise CheckpointError(f"the shards up to {shard} hold {len(tensors)} tensors; {MAX_TENSORS} are read")
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].file != shard:
             raise CheckpointError(f"{layout.index_name} places {name} in {shard}, which does not have it")
 
-    config = _read_json(source, layout.config_name, sizes[layout.config_name]) if layout.config_name in sizes else None
+    config = _read_json(source, layout.config_name, sizes, max_bytes=MAX_CONFIG_BYTES) if layout.config_name in sizes else None
     left_out = {file: reason for file in sizes if file not in shards and (reason := reason_to_leave_out(file, layout))}
     for file in CONFIG_NAMES:
-        if file in sizes and file != layout.config_name and _describes_quantization(source, file, sizes[file]):
+        if file in sizes and file != layout.config_name and _describes_quantization(source, file, sizes):
             left_out[file] = DESCRIBES_ANOTHER_QUANTIZATION
     written = {layout.config_name, layout.index_name, RECORD_NAME, *shards}
     side_files = tuple(file for file in sizes if file not in left_out and file not in written)
+    _refuse_folders(side_files, written.union(sizes))
     for file in (*side_files, *({layout.config_name, layout.index_name} & sizes.keys())):
         identity[file] = _identity(source, file, sizes)
     return Checkpoint(
@@ -129,20 +145,35 @@ def _read_header(source: Source, shard: str, file_bytes: int) -> bytes:
     return bytes(text)
 
 
-def _read_json(source: Source, file: str, num_bytes: int) -> dict[str, Any]:
-    if num_bytes > MAX_JSON_BYTES:
-        raise CheckpointError(f"{file} of {num_bytes} bytes is too large to be what its name says")
-    text = bytearray(num_bytes)
+def _read_json(source: Source, file: str, sizes: Mapping[str, int], *, max_bytes: int) -> dict[str, Any]:
+    if sizes[file] > max_bytes:
+        raise CheckpointError(f"{file} of {sizes[file]} bytes is too large to be what its name says; the limit is {max_bytes}")
+    text = bytearray(sizes[file])
     source.read(file, 0, memoryview(text))
-    return parse_object(bytes(text), file=file)
+    value = parse_object(bytes(text), file=file)
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        children = itertools.chain.from_iterable(node.values() if isinstance(node, dict) else node for node in level)
+        level = [child for child in children if isinstance(child, dict | list)]
+    if level:
+        raise CheckpointError(f"{file}: its JSON nests too deeply; {MAX_JSON_DEPTH} levels are read")
+    return value
 
 
-def _describes_quantization(source: Source, file: str, num_bytes: int) -> bool:
+def _describes_quantization(source: Source, file: str, sizes: Mapping[str, int]) -> bool:
     """Whether a config that is a mere side file here, and may be anything, describes a quantization."""
     try:
-        return bool(_read_json(source, file, num_bytes).get(QUANTIZATION_KEYS[file]))
+        return bool(_read_json(source, file, sizes, max_bytes=MAX_CONFIG_BYTES).get(QUANTIZATION_KEYS[file]))
     except CheckpointError:
         return False
+
+
+def _refuse_folders(side_files: Iterable[str], names: Collection[str]) -> None:
+    """Raise CheckpointError if side files lie in a folder whose name is that of a file, in the source or of the output."""
+    folders = {str(folder) for file in side_files for folder in PurePosixPath(file).parents}
+    for folder in sorted(folders):
+        if folder in names or ("/" not in folder and folder.endswith(SUFFIX)):
+            raise CheckpointError(f"{folder} is a folder, and the name of a file that is written; rename the folder or take it away")
 
 
 def _lay_out(source: Source, sizes: Mapping[str, int]) -> tuple[Layout, tuple[str, ...]]:
@@ -155,17 +186,16 @@ def _lay_out(source: Source, sizes: Mapping[str, int]) -> tuple[Layout, tuple[st
 
 def _read_index(source: Source, index_name: str, sizes: Mapping[str, int]) -> dict[str, str]:
     """The weight map of the index."""
-    weight_map = _read_json(source, index_name, sizes[index_name]).get("weight_map")
+    weight_map = _read_json(source, index_name, sizes, max_bytes=MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{index_name}: weight_map must map tensor names to file names")
     if not weight_map:
         raise CheckpointError(f"{index_name}: weight_map is empty")
     for shard in sorted(set(weight_map.values())):
-        path = PurePosixPath(shard)
-        if path.is_absolute() or ".." in path.parts or "\\" in shard or "\0" in shard:
-            raise CheckpointError(f"{index_name} names {shard!r}, which leaves the folder")
-        if not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{index_name} names {shard!r}, which is not a .safetensors file")
+        if not shard.endswith(SUFFIX):
+            raise CheckpointError(f"{index_name} names {shard!r}, which is not a {SUFFIX} file")
+        if fault := fault_of_file_name(shard):
+            raise CheckpointError(f"{index_name} names {shard!r}, which {fault}")
         if shard not in sizes:
             raise CheckpointError(f"{index_name} names {shard}, which is not in {source.name}; is the download complete?")
     return weight_map

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
+from streamquant.checkpoint.limits import fault_of_tensor_name
 from streamquant.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference reader
@@ -138,6 +139,8 @@ def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 def _spec(name: str, entry: object, *, file: str, data_start: int) -> TensorSpec:
     """One entry of the header, checked field by field; whether the tensors tile the file is the caller's business."""
+    if fault := fault_of_tensor_name(name):
+        raise CheckpointError(f"{file} holds the tensor {name!r}, which {fault}")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{file}: {name} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

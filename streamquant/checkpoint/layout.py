@@ -31,7 +31,7 @@ OTHER_WEIGHTS = (*PICKLES, ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_
 OTHER_QUANTIZATIONS = {"hf_quant_config.json", "quantize_config.json", "quant_config.json"}
 DESCRIBES_ANOTHER_QUANTIZATION = "describes another quantization"
 
-_NUMBERED = re.compile(r"(.+)-(\d{5,6})-of-(\d{5,6})\.safetensors")
+_NUMBERED = re.compile(r"(.+)-([0-9]{5,6})-of-(?!0+\.)([0-9]{5,6})\.safetensors")
 _INDEX = re.compile(r".*\.index(\.[^./]+)?\.json")
 _ADAPTER = re.compile(r"adapter_(config\.json|model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?)")
 
@@ -130,19 +130,23 @@ def _stem(file: str) -> str:
 
 def _shards(stem: str, weights: Iterable[str], *, where: str) -> tuple[str, ...]:
     """The one file of this stem, or all its numbered ones."""
-    files = sorted(file for file in weights if _stem(file) == stem)
+    files = {file for file in weights if _stem(file) == stem}
     if stem + SUFFIX in files:
         return (stem + SUFFIX,)
-    parts = [match for match in map(_NUMBERED.fullmatch, files) if match]
-    total = parts[0][3]
-    complete = [f"{stem}-{number:0{len(total)}d}-of-{total}{SUFFIX}" for number in range(1, int(total) + 1)]
-    missing = next((file for file in complete if file not in files), None)
+    total = next(match[3] for match in map(_NUMBERED.fullmatch, sorted(files)) if match)
+    numbers = range(1, int(total) + 1)
+
+    def name(number: int) -> str:
+        return f"{stem}-{number:0{len(total)}d}-of-{total}{SUFFIX}"
+
+    missing = next((file for file in map(name, numbers) if file not in files), None)
     if missing is not None:
         raise CheckpointError(f"{missing} is not in {where}, which holds {len(files)} of the {int(total)}; is the download complete?")
-    extra = next((file for file in files if file not in complete), None)
+    extra = min(files.difference(map(name, numbers)), default=None)
     if extra is not None:
-        raise CheckpointError(f"{where} holds {extra} besides {complete[0]} to {complete[-1]}; add {stem}{INDEX_SUFFIX} or take it away")
-    return tuple(files)
+        between = f"{name(1)} to {name(int(total))}"
+        raise CheckpointError(f"{where} holds {extra} besides {between}; add {stem}{INDEX_SUFFIX} or take it away")
+    return tuple(sorted(files))
 
 
 def _is_adapter(file: str) -> bool:

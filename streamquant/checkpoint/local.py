@@ -2,19 +2,26 @@
 
 import os
 import stat
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
 from streamquant.checkpoint.layout import CONFIG_NAMES, parts_of_file
+from streamquant.checkpoint.source import SKIPPED
 from streamquant.errors import CheckpointError
 
 SOURCE = "SOURCE is a directory, a .safetensors file, a model on the Hub such as org/model, or a URL"
-SKIPPED_FOLDERS = {".git", ".cache", ".streamquant"}
+# A pipe or a device may have taken the place of a file since it was listed; opened without these, it could stop the program.
+NO_WAITING = os.O_NONBLOCK | os.O_NOCTTY
 
 
 class LocalSource:
-    """A directory, or one safetensors file with the config beside it. Reads with pread and maps nothing."""
+    """A directory, or one safetensors file with the config beside it. Reads with pread and maps nothing.
+
+    Links in it are followed to its own files and, from a snapshot in the Hub's cache, to the blobs of that repository. Through one that
+    leads elsewhere a private file of the user could become part of the output.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
         path = Path(path)
@@ -28,7 +35,8 @@ class LocalSource:
             raise CheckpointError(f"{path} is not a .safetensors file; {SOURCE}")
         self.folder = path.parent if self.is_file else path
         self._file = path.name
-        self._descriptors: dict[str, int] = {}
+        self._roots = _roots(self.folder)
+        self._opened: dict[int, tuple[str, int]] = {}  # by thread
 
     def __enter__(self) -> Self:
         return self
@@ -38,20 +46,28 @@ class LocalSource:
 
     def close(self) -> None:
         """Close every file opened for reading."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        while self._opened:
+            os.close(self._opened.popitem()[1][1])
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every regular file; links to files are followed (the Hub cache is made of them), links to folders are not."""
+        """Bytes of every file, in folders before those in their subfolders. Raises CheckpointError for what is neither."""
         if self.is_file:
             configs = [name for name in CONFIG_NAMES if (self.folder / name).is_file()]
-            return {name: _size(self.folder / name) for name in parts_of_file(self._file, configs)}
+            file, *config = parts_of_file(self._file, configs)
+            return {file: _size(self.folder / file)} | {name: self._size(name) for name in config}
         sizes = {}
-        for folder, subfolders, files in os.walk(self.folder, onerror=_raise):
-            subfolders[:] = sorted(set(subfolders) - SKIPPED_FOLDERS)
-            for name in sorted(files):
-                path = Path(folder, name)
-                sizes[path.relative_to(self.folder).as_posix()] = _size(path)
+        folders = [""]
+        while folders:  # of any depth, so no recursion
+            folder, subfolders = folders.pop(), []
+            with os.scandir(self.folder / folder) as found:
+                entries = sorted((entry for entry in found if entry.name not in SKIPPED), key=lambda entry: entry.name)
+            for entry in entries:
+                name = folder + entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    subfolders.append(name + "/")
+                else:
+                    sizes[name] = self._size(name)
+            folders += reversed(subfolders)
         return sizes
 
     def stamp(self, file: str) -> str:
@@ -74,17 +90,36 @@ class LocalSource:
         """Local reads do not wait."""
 
     def _open(self, file: str) -> int:
-        descriptor = self._descriptors.get(file)
-        if descriptor is None:
-            opened = os.open(self.folder / file, os.O_RDONLY | os.O_CLOEXEC)
-            descriptor = self._descriptors.setdefault(file, opened)
-            if descriptor != opened:  # another thread was first
-                os.close(opened)
-        return descriptor
+        """The file, open until this thread wants another: a process may not hold all shards of a large checkpoint open."""
+        thread = threading.get_ident()
+        opened = self._opened.get(thread)
+        if opened is None or opened[0] != file:
+            descriptor = os.open(self.folder / file, os.O_RDONLY | os.O_CLOEXEC | NO_WAITING)
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.close(descriptor)
+                raise CheckpointError(f"{self.folder / file} is not a regular file any more")
+            if opened is not None:
+                os.close(opened[1])
+            opened = self._opened[thread] = file, descriptor
+        return opened[1]
+
+    def _size(self, file: str) -> int:
+        """Bytes of a file that may be a link."""
+        path = self.folder / file
+        if path.is_symlink():
+            target = Path(os.path.realpath(path))
+            if not any(target.is_relative_to(root) for root in self._roots):
+                raise CheckpointError(f"{path} is a link that leads out of {self.folder}; put a copy of what it leads to in its place")
+            if target.is_dir():
+                raise CheckpointError(f"{path} is a link to a folder, which is not followed; put the folder in its place or take it away")
+        return _size(path)
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _roots(folder: Path) -> list[Path]:
+    """The folders to which links in `folder` may lead."""
+    folder = folder.resolve()
+    snapshot = next((path for path in (folder, *folder.parents) if path.match("models--*/snapshots/*")), None)
+    return [folder] if snapshot is None else [folder, snapshot.parent.parent / "blobs"]
 
 
 def _size(path: Path) -> int:

@@ -1,10 +1,16 @@
 """Where a checkpoint comes from: a folder of files that are read by position.
 
-A new kind of source is a new class with what `Source` has, and a line in `open_source`.
+A new kind of source is a new class with what `Source` has, and a line in `open_source`. The names that it lists may come from anybody;
+`list_files` looks at them.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol, Self
+
+from streamquant.checkpoint.limits import MAX_FILES, fault_of_file_name
+from streamquant.errors import CheckpointError
+
+SKIPPED = {".git", ".cache", ".streamquant"}  # of git, of downloads, of ourselves: part of no checkpoint, at any depth
 
 
 class Extent(NamedTuple):
@@ -64,3 +70,14 @@ class Source(Reader, Protocol):
 
     def interrupt(self) -> None:
         """Make every read that waits for the network fail soon."""
+
+
+def list_files(source: Source) -> dict[str, int]:
+    """What `source.sizes()` says, in one order, without files in SKIPPED. Raises CheckpointError for names that no output could have."""
+    sizes = {file: num_bytes for file, num_bytes in sorted(source.sizes().items()) if SKIPPED.isdisjoint(file.split("/"))}
+    if len(sizes) > MAX_FILES:
+        raise CheckpointError(f"{source.name} holds {len(sizes)} files; a checkpoint has no more than {MAX_FILES}")
+    for file in sizes:
+        if fault := fault_of_file_name(file):
+            raise CheckpointError(f"{source.name} holds {file!r}, which {fault}; give it another name or take it away")
+    return sizes

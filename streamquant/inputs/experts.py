@@ -11,12 +11,14 @@ Legend: E experts, H hidden size, I size of an expert.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from streamquant.checkpoint.header import TensorSpec
-from streamquant.errors import CheckpointError
+from streamquant.checkpoint.limits import MAX_TENSORS
+from streamquant.errors import CheckpointError, quoted
 from streamquant.inputs.fp8 import SCALE_DTYPES, ScaledFp8, scale_unit
 from streamquant.inputs.mxfp4 import BLOCK_BYTES, BLOCK_ELEMENTS, MxFp4Blocks, MxFp4BlocksTransposed
 from streamquant.inputs.weight import DENSE, Dense, Hints, InputFormat, Place, Weight
@@ -113,7 +115,10 @@ def find_stacks(tensors: Iterable[TensorSpec], hints: Hints) -> list[Stack]:
     for stack in stacks:
         _check(stack)
     _refuse_too_many(stacks)
-    layouts = {stack.prefix: _layout(stack.prefix, stacks, hints) for stack in stacks}
+    layers: defaultdict[str, list[_Found]] = defaultdict(list)
+    for stack in stacks:
+        layers[stack.prefix].append(stack)
+    layouts = {prefix: _layout(prefix, layer, hints) for prefix, layer in layers.items()}
     problems = {stack.prefix: problem for stack in stacks if (problem := _no_values(stack))}  # of all stacks of a layer, or of none
     found = [_stack(stack, layouts[stack.prefix], problems.get(stack.prefix, ""), hints) for stack in stacks]
     named = {spec.name for stack in stacks for spec in stack.tensors.values()}
@@ -140,8 +145,8 @@ def _refuse_too_many(stacks: Sequence[_Found]) -> None:
     """Raise CheckpointError for more experts than anybody has, each of which would take memory to plan."""
     num_experts = sum(stack.main.shape[0] for stack in stacks)
     num_bytes = sum(stack.main.num_bytes for stack in stacks)
-    if num_experts > FEW_EXPERTS + num_bytes // EXPERT_BYTES:
-        raise CheckpointError(f"{stacks[0].main.name} and others stack {num_experts} experts in {num_bytes} bytes, too few for matrices")
+    if num_experts > min(FEW_EXPERTS + num_bytes // EXPERT_BYTES, MAX_TENSORS):
+        raise CheckpointError(f"{stacks[0].main.name} and others stack {num_experts} experts in {num_bytes} bytes, which nobody does")
 
 
 def _check(stack: _Found) -> None:
@@ -161,7 +166,7 @@ def _no_values(stack: _Found) -> str:
     main = stack.main
     if not stack.tensors.keys() <= {"weight", "bias"} or main.dtype in DENSE_DTYPES:
         return ""
-    way_out = f"to leave the experts as they are: --ignore '{stack.prefix}'"
+    way_out = f"to leave the experts as they are: --ignore {quoted(stack.prefix)}"
     return f"{main.name} is {main.dtype} without scales; only {', '.join(DENSE_DTYPES)} can be quantized ({way_out})"
 
 
@@ -169,18 +174,18 @@ def _unknown(spec: TensorSpec, hints: Hints) -> str:
     model = hints.model_types[-1] if hints.model_types else "no model type"
     return (
         f"{spec.name} {list(spec.shape)} stacks experts in 3-D in a layout that is not known for {model}: "
-        f"state it with --expert-layout {'|'.join(LAYOUTS)}, or leave it as it is: --ignore '{spec.name}'"
+        f"state it with --expert-layout {'|'.join(LAYOUTS)}, or leave it as it is: --ignore {quoted(spec.name)}"
     )
 
 
-def _layout(prefix: str, stacks: Iterable[_Found], hints: Hints) -> str | None:
+def _layout(prefix: str, layer: Sequence[_Found], hints: Hints) -> str | None:
     """The layout of the stacks of a layer; None if it is not known."""
-    shapes = {("down" if stack.leaf in _DOWN else "gate_up"): stack.shape for stack in stacks if stack.prefix == prefix}
+    shapes = {("down" if stack.leaf in _DOWN else "gate_up"): stack.shape for stack in layer}
     known = (hints.expert_layout,) if hints.expert_layout else next((MODEL_LAYOUTS[t] for t in hints.model_types if t in MODEL_LAYOUTS), ())
     if not known:
         return None
     gate_up, down = shapes.get("gate_up"), shapes.get("down")
-    if gate_up is None or down is None or any("blocks" in stack.tensors for stack in stacks if stack.prefix == prefix):
+    if gate_up is None or down is None or any("blocks" in stack.tensors for stack in layer):
         return known[0]
     for layout in known:
         (rows, columns), (down_rows, down_columns) = gate_up[1:], down[1:]
