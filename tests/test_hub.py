@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -531,31 +530,7 @@ def test_the_cache_is_filled_when_that_is_asked_for_and_serves_without_a_network
         streamquant.inspect("org/other")
 
 
-# --- proxies ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_proxy_is_used_with_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A proxy for plain HTTP is asked for whole addresses."""
-    asked: list[bytes] = []
-
-    def answer(listener: socket.socket) -> None:
-        connection, _ = listener.accept()
-        with connection:
-            asked.append(connection.recv(65536))
-            connection.sendall(b"HTTP/1.1 206 x\r\nContent-Range: bytes 2-4/10\r\nContent-Length: 3\r\n\r\ncde")
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=answer, args=(listener,))
-        thread.start()
-        monkeypatch.setenv("NO_PROXY", "")
-        monkeypatch.setenv("http_proxy", f"http://user:pass%21@127.0.0.1:{listener.getsockname()[1]}")
-        reader, buffer = http.HttpReader(), bytearray(3)
-        assert sum(reader.read(http.Location("http://elsewhere.invalid/x?y=1", {}, 10), 2, memoryview(buffer))) == 3
-        thread.join()
-        reader.close()
-    assert buffer == b"cde"
-    assert asked[0].startswith(b"GET http://elsewhere.invalid/x?y=1 HTTP/1.1\r\n")
-    assert b"Proxy-Authorization: Basic dXNlcjpwYXNzIQ==\r\n" in asked[0]
+# --- the end ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_source_is_closed(serve: Start, model: Path) -> None:

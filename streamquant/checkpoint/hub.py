@@ -9,11 +9,11 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple, Self, TypeVar
 from urllib.parse import unquote, urlsplit
 
-import httpx
 from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -33,6 +33,8 @@ from streamquant.errors import CheckpointError, NetworkError, RequestError, Stre
 from streamquant.version import __version__
 
 NUM_CONNECTIONS = 8
+# What huggingface_hub is built on: httpx, and httpx2 from its version 2 on.
+CLIENT = import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
 OTHER_KINDS = {"datasets", "spaces", "buckets"}
 T = TypeVar("T")
 
@@ -56,7 +58,7 @@ class HubSource:
         self._prefix = f"{folder}/" if folder else ""
         self._api = HfApi(library_name="streamquant", library_version=__version__)
         self._stop = threading.Event()
-        self._http = HttpReader()
+        self._http = HttpReader(CLIENT.create_ssl_context)
         self._locations: dict[str, Location] = {}
         self._resolving: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._open = ExitStack()
@@ -225,7 +227,7 @@ class HubSource:
                 if status not in BUSY:
                     raise NetworkError(f"{what}: {said}") from None
                 raise Transient(said, after=seconds_to_wait(error.response.headers.get("Retry-After"))) from None
-            except (httpx.TransportError, LocalEntryNotFoundError) as error:
+            except (CLIENT.TransportError, LocalEntryNotFoundError) as error:
                 raise Transient(f"{endpoint}: {str(error) or type(error).__name__}") from None
             except ValueError:  # of json
                 raise NetworkError(f"{what}: {endpoint} answers with something that is no JSON") from None
