@@ -18,7 +18,7 @@ from streamquant.checkpoint.open_source import open_source
 from streamquant.checkpoint.source import Source
 from streamquant.errors import RequestError, VerificationError
 from streamquant.inputs import find_weights
-from streamquant.memory import Memory, available_cpus, budget_memory
+from streamquant.memory import Memory, available_cpus, budget_memory, container_for
 from streamquant.output import files_of, finish, is_done, is_finished, job_of, require_space
 from streamquant.plan import Copy, Encode, Plan, make_plan
 from streamquant.recipe import Recipe, make_recipe
@@ -233,7 +233,10 @@ def convert(
 
 
 def plan_memory(the_plan: Plan, *, device: torch.device, max_memory: str | int | None = None, threads: int | None = None) -> Memory:
-    """How `convert` spends its memory budget on a plan. Raises RequestError if the budget is too small."""
+    """How `convert` spends its memory budget on a plan.
+
+    Raises RequestError if the budget is too small, or larger than what the container allows.
+    """
     if threads is not None and threads < 1:
         raise RequestError(f"{threads} threads are too few; at least 1")
     max_bytes = parse_size(DEFAULT_MEMORY[device.type] if max_memory is None else max_memory)
@@ -243,6 +246,8 @@ def plan_memory(the_plan: Plan, *, device: torch.device, max_memory: str | int |
         num_workers=threads or available_cpus(),
         on_gpu=device.type != "cpu",
         is_remote=the_plan.checkpoint.is_remote,
+        container=container_for(the_plan, device=device),
+        may_shrink=max_memory is None,
     )
 
 

@@ -46,7 +46,8 @@ def plan_lines(plan: Plan, memory: Memory) -> list[str]:
         ((n, str(c), d, s, format_bytes(b), format_bytes(a), f) for (n, d, s, f), (c, b, a) in rows.items()),
     )
     lines += ["", *summary_lines(plan)]
-    lines.append(f"memory      {format_bytes(memory.peak_bytes)} of working memory in {memory.num_workers} workers, predicted")
+    limit = "" if memory.limit_bytes is None else f"; the container allows {format_bytes(memory.limit_bytes)} in all"
+    lines.append(f"memory      {format_bytes(memory.peak_bytes)} of working memory in {memory.num_workers} workers, predicted{limit}")
     return lines
 
 
