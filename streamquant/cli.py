@@ -22,6 +22,7 @@ from streamquant.errors import RequestError, StreamquantError, one_line
 from streamquant.inputs import LAYOUTS
 from streamquant.schemes import FORMATS
 from streamquant.schemes.observers import OBSERVERS
+from streamquant.sizes import format_bytes
 from streamquant.stream import OnProgress, Progress
 
 LINE_SECONDS = 5.0  # between progress lines where there is no terminal
@@ -230,9 +231,9 @@ class _ProgressBar:
         if now - self._last_line >= LINE_SECONDS:
             self._last_line = now
             speed = progress.done_bytes / (now - self._started)
-            done, total = report.format_bytes(progress.done_bytes), report.format_bytes(progress.total_bytes)
+            done, total = format_bytes(progress.done_bytes), format_bytes(progress.total_bytes)
             left = (progress.total_bytes - progress.done_bytes) / speed
-            click.echo(f"{done} of {total}, {report.format_bytes(speed)}/s, {left:.0f} s left, at {progress.tensor}", err=True)
+            click.echo(f"{done} of {total}, {format_bytes(speed)}/s, {left:.0f} s left, at {progress.tensor}", err=True)
 
 
 def main() -> None:

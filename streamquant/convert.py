@@ -23,13 +23,13 @@ from streamquant.output import files_of, finish, is_done, is_finished, job_of, r
 from streamquant.plan import Copy, Encode, Plan, make_plan
 from streamquant.recipe import Recipe, make_recipe
 from streamquant.schemes.plain import Plain
+from streamquant.sizes import parse_size
 from streamquant.stream import OnProgress, spool_bytes, stream_shards
 from streamquant.verify import verify
 from streamquant.version import __version__
 
 DEFAULT_MAX_SHARD_SIZE: Final = "5GB"
 DEFAULT_MEMORY: Final = {"cpu": "256MiB", "cuda": "2GiB"}
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -263,21 +263,6 @@ def resolve_device(device: str) -> torch.device:
             f"device {device} is not there: torch sees {torch.cuda.device_count()} CUDA devices; --device cpu gives the same bytes"
         )
     return torch.device(device)
-
-
-def parse_size(size: str | int) -> int:
-    """Bytes in a size such as 5GB, 256MiB or 1000. Raises RequestError if it is none."""
-    text = str(size).strip().upper()
-    number = text.rstrip("KMGTIB ")
-    unit = text[len(number) :].strip()
-    unit = {"B": "", "K": "KB", "M": "MB", "G": "GB", "T": "TB"}.get(unit, unit)
-    try:
-        num_bytes = int(float(number) * UNITS[unit])
-    except (ValueError, KeyError, OverflowError):
-        raise RequestError(f"{size!r} is no size; write for example 5GB or 256MiB") from None
-    if num_bytes < 1:
-        raise RequestError(f"size {size!r} is less than a byte")
-    return num_bytes
 
 
 def _refuse_overlap(folder: Path, out: Path) -> None:

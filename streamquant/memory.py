@@ -21,6 +21,7 @@ from streamquant.errors import RequestError
 from streamquant.inputs import Weight
 from streamquant.plan import Encode, Plan
 from streamquant.schemes import Scheme
+from streamquant.sizes import MEBIBYTE, enough_mebibytes
 
 BLOCK_ELEMENTS = 1 << 18  # a block and its temporaries in float32 about fit a 2 MB L2 cache
 GPU_BLOCK_ELEMENTS = 1 << 24
@@ -36,7 +37,6 @@ MAX_READ_AHEAD_BYTES = 256 << 20
 RESERVE_BYTES = 128 << 20
 BOOKKEEPING_BYTES = 2500  # tasks that wait for the next shard, and what verify knows of the output
 SPARE_BYTES = 8 << 20  # more than two runs differ by, in what is said to work
-MEBIBYTE = 1 << 20
 
 
 class Memory(NamedTuple):
@@ -69,8 +69,8 @@ class Container:
         enough = self.used_bytes + self.reserve_bytes + working_bytes * 3 // 2 + SPARE_BYTES
         return (
             f"the container's memory limit of {self.limit_bytes // MEBIBYTE}MiB is too small for {what}: "
-            f"{_mebibytes(self.used_bytes)} are in use, {_mebibytes(working_bytes * 3 // 2)} would be for the work and "
-            f"{_mebibytes(self.reserve_bytes)} for pages of files and bookkeeping; a limit of {_mebibytes(enough)} works"
+            f"{enough_mebibytes(self.used_bytes)} are in use, {enough_mebibytes(working_bytes * 3 // 2)} would be for the work and "
+            f"{enough_mebibytes(self.reserve_bytes)} for pages of files and bookkeeping; a limit of {enough_mebibytes(enough)} works"
         )
 
 
@@ -82,10 +82,6 @@ def container_for(plan: Plan, *, device: torch.device) -> Container | None:
     torch.empty(1, device=device)  # starts CUDA, so that what that takes of the host's memory is in use
     num_outputs = sum(len(step.outputs) for step in plan.steps)
     return Container(limit, process_memory().anonymous, RESERVE_BYTES + num_outputs * BOOKKEEPING_BYTES)
-
-
-def _mebibytes(num_bytes: int) -> str:
-    return f"{-(-num_bytes // MEBIBYTE)}MiB"
 
 
 def budget_memory(
@@ -142,8 +138,8 @@ def budget_memory(
     peak_bytes = num_workers * (block_bytes + 2 * read_bytes + kept * 5 // 4) + ahead
     if container is not None and peak_bytes > container.working_bytes:
         fits = max(container.working_bytes - SPARE_BYTES, needed + ahead)
-        refusal = container.refusal(peak_bytes, f"--max-memory {_mebibytes(max_bytes)}")
-        raise RequestError(f"{refusal}, and so does --max-memory {_mebibytes(fits)}")
+        refusal = container.refusal(peak_bytes, f"--max-memory {enough_mebibytes(max_bytes)}")
+        raise RequestError(f"{refusal}, and so does --max-memory {enough_mebibytes(fits)}")
     limit_bytes = None if container is None else container.limit_bytes
     return Memory(num_workers, block_elements, keep_bytes, read_bytes, peak_bytes, ahead, limit_bytes)
 

@@ -16,7 +16,8 @@ from streamquant.cli import cli
 ROOT = Path(streamquant.__file__).parent
 ORDER = (
     "__main__", "cli", "report", "__init__", "convert", "verify", "inspect", "output", "stream", "read_ahead", "memory", "container",
-    "engines", "plan", "decide", "inputs", "quantization_config", "recipe", "names", "stored", "schemes", "checkpoint", "version", "errors",
+    "engines", "plan", "decide", "inputs", "quantization_config", "recipe", "names", "stored", "schemes", "checkpoint", "sizes",
+    "version", "errors",
 )  # fmt: skip
 NOT_ARGUMENTS = {"dry_run", "report_file", "quiet", "help"}
 
