@@ -1,5 +1,6 @@
 """The use cases: convert a checkpoint, and plan that without doing it."""
 
+import logging
 import os
 import shutil
 import time
@@ -23,7 +24,7 @@ from streamquant.output import files_of, finish, is_done, is_finished, job_of, r
 from streamquant.plan import Copy, Encode, Plan, make_plan
 from streamquant.recipe import Recipe, make_recipe
 from streamquant.schemes.plain import Plain
-from streamquant.sizes import parse_size
+from streamquant.sizes import format_bytes, parse_size
 from streamquant.stream import OnProgress, spool_bytes, stream_shards
 from streamquant.verify import verify
 from streamquant.version import __version__
@@ -31,6 +32,7 @@ from streamquant.version import __version__
 DEFAULT_MAX_SHARD_SIZE: Final = "5GB"
 DEFAULT_MEMORY: Final = {"cpu": "256MiB", "cuda": "2GiB"}
 DEVICES = ("auto", "cpu", "cuda")
+LOGGER = logging.getLogger("streamquant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +189,7 @@ def convert(
     with open_source(source, revision=revision, cache=cache) as opened:
         the_plan = _plan(opened, wish, format=format, expert_layout=expert_layout, max_shard_size=max_shard_size)
         memory = plan_memory(the_plan, device=checked_device, max_memory=max_memory, threads=threads)
+        _tell_plan(the_plan, memory)
         job = job_of(the_plan, allow_nonfinite=allow_nonfinite)
         if isinstance(opened, LocalSource):
             _refuse_overlap(opened.folder, out)
@@ -198,6 +201,13 @@ def convert(
             with Journal(work, job, files=files_of(the_plan), restart=restart) as journal:
                 todo = [shard for shard in the_plan.shards if not is_done(shard, out, journal)]
                 resumed = len(the_plan.shards) - len(todo)
+                if resumed or any(journal.steps.values()):
+                    LOGGER.info(
+                        "going on where an earlier run was: %d of %d files are finished",
+                        resumed,
+                        len(the_plan.shards),
+                        extra={"event": "resume", "figures": {"finished_shards": resumed}},
+                    )
                 opened.prepare(list(the_plan.checkpoint.identity))
                 require_space(todo, out=out, work=work, temporary_bytes=spool_bytes(todo, memory))
                 stream_shards(
@@ -217,6 +227,7 @@ def convert(
                 shutil.rmtree(work)
         elif work.is_dir():  # killed while it was being removed
             shutil.rmtree(work)
+    LOGGER.info("reading %s back", out, extra={"event": "verify"})
     report = verify(out, checksums=False)  # they stem from the bytes just written
     if report.problems:
         more = f" (and {len(report.problems) - 1} more; see `streamquant verify {out}`)" if len(report.problems) > 1 else ""
@@ -229,6 +240,26 @@ def convert(
         resumed_shards=resumed,
         nonfinite=tuple(nonfinite),
         seconds=time.monotonic() - started,
+    )
+
+
+def _tell_plan(the_plan: Plan, memory: Memory) -> None:
+    figures = {
+        "source_bytes": the_plan.source_bytes,
+        "output_bytes": the_plan.output_bytes,
+        "shards": len(the_plan.shards),
+        "workers": memory.num_workers,
+        "predicted_memory_bytes": memory.peak_bytes,
+        "memory_limit_bytes": memory.limit_bytes,
+    }
+    LOGGER.info(
+        "%s to read and %s to write in %d files, with %s of working memory in %d workers",
+        format_bytes(the_plan.source_bytes),
+        format_bytes(the_plan.output_bytes),
+        len(the_plan.shards),
+        format_bytes(memory.peak_bytes),
+        memory.num_workers,
+        extra={"event": "plan", "figures": figures},
     )
 
 
