@@ -5,14 +5,13 @@ import inspect as introspection
 import json
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
-from tqdm import tqdm
 
 import streamquant
 from streamquant import report
@@ -20,12 +19,12 @@ from streamquant.convert import plan_memory, resolve_device
 from streamquant.engines import check, find_engine
 from streamquant.errors import RequestError, StreamquantError, one_line
 from streamquant.inputs import LAYOUTS
+from streamquant.progress import LOGGER, TO_STDERR, JsonLog, narrate
 from streamquant.schemes import FORMATS
 from streamquant.schemes.observers import OBSERVERS
-from streamquant.stream import OnProgress, Progress
 
-LINE_SECONDS = 5.0  # between progress lines where there is no terminal
 GC_THRESHOLD = 1_000_000
+EXIT_BUG = 1  # as Python exits after a traceback
 EXIT_IO = 4
 EXIT_TERMINATED = 75  # EX_TEMPFAIL of sysexits.h: try again
 EXIT_INTERRUPTED = 130
@@ -101,24 +100,48 @@ def cli() -> None:
 @click.option("--restart", is_flag=True, help="Discard what an unfinished run of another job has written into OUT.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--report", "report_file", metavar="FILE.json", help="Write what was done to a JSON file.")
+@click.option("--log-json", metavar="FILE", help="Append what happens to a file, a JSON object a line; - for stderr.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-def convert(source: str, out: str, *, dry_run: bool, report_file: str | None, quiet: bool, **options: Any) -> None:
+def convert(source: str, out: str, *, dry_run: bool, report_file: str | None, log_json: str | None, quiet: bool, **options: Any) -> None:
     """Quantize the checkpoint SOURCE (a directory or a .safetensors file) into the new directory OUT.
 
     Run the same command again after it was killed, and it goes on where it was.
     """
-    if dry_run:
-        machine = {name: options.pop(name) for name in ("device", "max_memory", "threads")}
-        for name in ("allow_nonfinite", "cache", "restart"):
-            del options[name]
-        _print_plan(source, as_json=False, machine=machine, options=options)
-        return
-    with _ProgressBar(silent=quiet) as on_progress:
-        conversion = streamquant.convert(source, out, on_progress=on_progress, **options)
-    if report_file is not None:
-        Path(report_file).write_text(json.dumps(conversion.to_json(), indent=2) + "\n", encoding="utf-8")
-    if not quiet:
-        click.echo(_text(report.conversion_lines(conversion)))
+    with _logged(log_json, source=source, out=out, dry_run=dry_run, settings=options) as log:
+        if dry_run:
+            machine = {name: options.pop(name) for name in ("device", "max_memory", "threads")}
+            for name in ("allow_nonfinite", "cache", "restart"):
+                del options[name]
+            _print_plan(source, as_json=False, machine=machine, options=options)
+            log.write("done", dry_run=True)
+            return
+        with narrate(log, quiet=quiet) as on_progress:
+            conversion = streamquant.convert(source, out, on_progress=on_progress, **options)
+            done = conversion.to_json()
+            if report_file is not None:
+                Path(report_file).write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
+            counted = {name: len(value) if isinstance(value, dict | list) else value for name, value in done.items()}
+            LOGGER.info("%s is complete and verified", out, extra={"event": "done", "figures": counted})
+        if not quiet:
+            click.echo(_text(report.conversion_lines(conversion)))
+
+
+@contextmanager
+def _logged(file: str | None, *, source: str, out: str, **figures: Any) -> Iterator[JsonLog]:
+    """A log that begins with what is to be done, and ends with the error if there is one."""
+    if file not in (None, TO_STDERR) and Path(out).resolve() in Path(file).resolve().parents:
+        raise RequestError(f"--log-json {file} is inside OUT, which is for the output alone; choose another place")
+    with JsonLog(file) as log:
+        log.write("start", streamquant=streamquant.__version__, source=source, out=out, **figures)
+        try:
+            yield log
+        except BaseException as error:
+            failure = _failure(error)
+            message, exit_code = failure or (f"a bug: {type(error).__name__}, with a traceback on stderr", EXIT_BUG)
+            log.write("error", message=message, exit_code=exit_code)
+            if failure is not None and log.is_stderr:
+                sys.exit(exit_code)
+            raise
 
 
 @cli.command()
@@ -204,37 +227,6 @@ def schemes() -> None:
     click.echo(_text(report.scheme_lines()))
 
 
-class _ProgressBar:
-    """A bar in a terminal; without one, a line every few seconds, so that the log of a killed container tells where it was."""
-
-    def __init__(self, *, silent: bool):
-        self._silent = silent
-        self._bar: tqdm[Any] | None = None
-        self._started = self._last_line = time.monotonic()
-
-    def __enter__(self) -> OnProgress | None:
-        return None if self._silent else self._show
-
-    def __exit__(self, *exc: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def _show(self, progress: Progress) -> None:
-        if sys.stderr.isatty():
-            if self._bar is None:
-                self._bar = tqdm(total=progress.total_bytes, unit="B", unit_scale=True)
-            self._bar.set_postfix_str(progress.tensor, refresh=False)
-            self._bar.update(progress.done_bytes - self._bar.n)
-            return
-        now = time.monotonic()
-        if now - self._last_line >= LINE_SECONDS:
-            self._last_line = now
-            speed = progress.done_bytes / (now - self._started)
-            done, total = report.format_bytes(progress.done_bytes), report.format_bytes(progress.total_bytes)
-            left = (progress.total_bytes - progress.done_bytes) / speed
-            click.echo(f"{done} of {total}, {report.format_bytes(speed)}/s, {left:.0f} s left, at {progress.tensor}", err=True)
-
-
 def main() -> None:
     """Run the command line; expected failures are one line on stderr and an exit code."""
     # A plan is millions of objects that all live; looking for garbage among them takes half of the time of planning.
@@ -243,17 +235,30 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         cli(standalone_mode=False)
-    except StreamquantError as error:
-        _fail(str(error), error.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; the same command goes on where it was", EXIT_INTERRUPTED)
-    except _Terminated:
-        _fail("stopped by SIGTERM; the same command goes on where it was", EXIT_TERMINATED)
-    except OSError as error:
-        _fail(f"{error.filename or 'reading or writing'}: {error.strerror or error}", EXIT_IO)
+    except BaseException as error:
+        failure = _failure(error)
+        if failure is None:
+            raise
+        message, exit_code = failure
+        click.echo(f"error: {message}", err=True)
+        sys.exit(exit_code)
+
+
+def _failure(error: BaseException) -> tuple[str, int] | None:
+    """What to say of an error, and the exit code; None for a bug of ours, which keeps its traceback."""
+    match error:
+        case StreamquantError():
+            return str(error), error.exit_code
+        case click.Abort() | KeyboardInterrupt():
+            return "interrupted; the same command goes on where it was", EXIT_INTERRUPTED
+        case _Terminated():
+            return "stopped by SIGTERM; the same command goes on where it was", EXIT_TERMINATED
+        case OSError():
+            return one_line(f"{error.filename or 'reading or writing'}: {error.strerror or error}"), EXIT_IO
+    return None
 
 
 class _Terminated(BaseException):
@@ -269,8 +274,3 @@ def _terminate(number: int, frame: object) -> None:
 def _text(lines: Iterable[str]) -> str:
     """Lines as they are printed, whoever wrote the names and the settings in them."""
     return "\n".join(map(one_line, lines))
-
-
-def _fail(message: str, exit_code: int) -> None:
-    click.echo(f"error: {one_line(message)}", err=True)
-    sys.exit(exit_code)

@@ -1,5 +1,6 @@
 """The use cases: convert a checkpoint, and plan that without doing it."""
 
+import logging
 import os
 import shutil
 import time
@@ -18,19 +19,20 @@ from streamquant.checkpoint.open_source import open_source
 from streamquant.checkpoint.source import Source
 from streamquant.errors import RequestError, VerificationError
 from streamquant.inputs import find_weights
-from streamquant.memory import Memory, available_cpus, budget_memory
+from streamquant.memory import Memory, available_cpus, budget_memory, container_for
 from streamquant.output import files_of, finish, is_done, is_finished, job_of, require_space
 from streamquant.plan import Copy, Encode, Plan, make_plan
 from streamquant.recipe import Recipe, make_recipe
 from streamquant.schemes.plain import Plain
+from streamquant.sizes import format_bytes, parse_size
 from streamquant.stream import OnProgress, spool_bytes, stream_shards
 from streamquant.verify import verify
 from streamquant.version import __version__
 
 DEFAULT_MAX_SHARD_SIZE: Final = "5GB"
 DEFAULT_MEMORY: Final = {"cpu": "256MiB", "cuda": "2GiB"}
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 DEVICES = ("auto", "cpu", "cuda")
+LOGGER = logging.getLogger("streamquant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +189,7 @@ def convert(
     with open_source(source, revision=revision, cache=cache) as opened:
         the_plan = _plan(opened, wish, format=format, expert_layout=expert_layout, max_shard_size=max_shard_size)
         memory = plan_memory(the_plan, device=checked_device, max_memory=max_memory, threads=threads)
+        _tell_plan(the_plan, memory)
         job = job_of(the_plan, allow_nonfinite=allow_nonfinite)
         if isinstance(opened, LocalSource):
             _refuse_overlap(opened.folder, out)
@@ -198,6 +201,13 @@ def convert(
             with Journal(work, job, files=files_of(the_plan), restart=restart) as journal:
                 todo = [shard for shard in the_plan.shards if not is_done(shard, out, journal)]
                 resumed = len(the_plan.shards) - len(todo)
+                if resumed or any(journal.steps.values()):
+                    LOGGER.info(
+                        "going on where an earlier run was: %d of %d files are finished",
+                        resumed,
+                        len(the_plan.shards),
+                        extra={"event": "resume", "figures": {"finished_shards": resumed}},
+                    )
                 opened.prepare(list(the_plan.checkpoint.identity))
                 require_space(todo, out=out, work=work, temporary_bytes=spool_bytes(todo, memory))
                 stream_shards(
@@ -217,6 +227,7 @@ def convert(
                 shutil.rmtree(work)
         elif work.is_dir():  # killed while it was being removed
             shutil.rmtree(work)
+    LOGGER.info("reading %s back", out, extra={"event": "verify"})
     report = verify(out, checksums=False)  # they stem from the bytes just written
     if report.problems:
         more = f" (and {len(report.problems) - 1} more; see `streamquant verify {out}`)" if len(report.problems) > 1 else ""
@@ -232,8 +243,31 @@ def convert(
     )
 
 
+def _tell_plan(the_plan: Plan, memory: Memory) -> None:
+    figures = {
+        "source_bytes": the_plan.source_bytes,
+        "output_bytes": the_plan.output_bytes,
+        "shards": len(the_plan.shards),
+        "workers": memory.num_workers,
+        "predicted_memory_bytes": memory.peak_bytes,
+        "memory_limit_bytes": memory.limit_bytes,
+    }
+    LOGGER.info(
+        "%s to read and %s to write in %d files, with %s of working memory in %d workers",
+        format_bytes(the_plan.source_bytes),
+        format_bytes(the_plan.output_bytes),
+        len(the_plan.shards),
+        format_bytes(memory.peak_bytes),
+        memory.num_workers,
+        extra={"event": "plan", "figures": figures},
+    )
+
+
 def plan_memory(the_plan: Plan, *, device: torch.device, max_memory: str | int | None = None, threads: int | None = None) -> Memory:
-    """How `convert` spends its memory budget on a plan. Raises RequestError if the budget is too small."""
+    """How `convert` spends its memory budget on a plan.
+
+    Raises RequestError if the budget is too small, or larger than what the container allows.
+    """
     if threads is not None and threads < 1:
         raise RequestError(f"{threads} threads are too few; at least 1")
     max_bytes = parse_size(DEFAULT_MEMORY[device.type] if max_memory is None else max_memory)
@@ -243,6 +277,8 @@ def plan_memory(the_plan: Plan, *, device: torch.device, max_memory: str | int |
         num_workers=threads or available_cpus(),
         on_gpu=device.type != "cpu",
         is_remote=the_plan.checkpoint.is_remote,
+        container=container_for(the_plan, device=device),
+        may_shrink=max_memory is None,
     )
 
 
@@ -258,21 +294,6 @@ def resolve_device(device: str) -> torch.device:
             f"device {device} is not there: torch sees {torch.cuda.device_count()} CUDA devices; --device cpu gives the same bytes"
         )
     return torch.device(device)
-
-
-def parse_size(size: str | int) -> int:
-    """Bytes in a size such as 5GB, 256MiB or 1000. Raises RequestError if it is none."""
-    text = str(size).strip().upper()
-    number = text.rstrip("KMGTIB ")
-    unit = text[len(number) :].strip()
-    unit = {"B": "", "K": "KB", "M": "MB", "G": "GB", "T": "TB"}.get(unit, unit)
-    try:
-        num_bytes = int(float(number) * UNITS[unit])
-    except (ValueError, KeyError, OverflowError):
-        raise RequestError(f"{size!r} is no size; write for example 5GB or 256MiB") from None
-    if num_bytes < 1:
-        raise RequestError(f"size {size!r} is less than a byte")
-    return num_bytes
 
 
 def _refuse_overlap(folder: Path, out: Path) -> None:

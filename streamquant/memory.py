@@ -1,14 +1,27 @@
-"""How the memory budget is spent: blocks of rows, workers, and what may be kept between two passes."""
+"""How the memory budget is spent: blocks of rows, workers, and what may be kept between two passes.
+
+The budget is for working memory. What a conversion takes in all, which a container must allow, is
+
+    what the process has once it has planned
+    + the working memory, half as much again because a heap that several threads use is never full
+    + RESERVE_BYTES
+    + BOOKKEEPING_BYTES for every tensor of the output
+"""
 
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
+from streamquant.container import cpu_limit, memory_limit, process_memory
 from streamquant.errors import RequestError
 from streamquant.inputs import Weight
 from streamquant.plan import Encode, Plan
 from streamquant.schemes import Scheme
+from streamquant.sizes import MEBIBYTE, enough_mebibytes
 
 BLOCK_ELEMENTS = 1 << 18  # a block and its temporaries in float32 about fit a 2 MB L2 cache
 GPU_BLOCK_ELEMENTS = 1 << 24
@@ -19,6 +32,11 @@ MIN_READ_BYTES = 1 << 20
 MAX_READ_BYTES = 16 << 20
 MIN_READ_AHEAD_BYTES = 4 << 20
 MAX_READ_AHEAD_BYTES = 256 << 20
+# Pages of files, the code of torch before all, and what the allocator has to begin with. With 40 MB beside the anonymous memory a
+# conversion that takes half a minute took two, with 30 it stood still.
+RESERVE_BYTES = 128 << 20
+BOOKKEEPING_BYTES = 2500  # tasks that wait for the next shard, and what verify knows of the output
+SPARE_BYTES = 8 << 20  # more than two runs differ by, in what is said to work
 
 
 class Memory(NamedTuple):
@@ -30,12 +48,56 @@ class Memory(NamedTuple):
     read_bytes: int  # per worker: what is read at a time of weights that are no plain tensors; 0 if there are none
     peak_bytes: int  # predicted
     read_ahead_bytes: int = 0  # what is fetched of a remote source before it is needed
+    limit_bytes: int | None = None  # what the container allows for this and all else
 
 
-def budget_memory(plan: Plan, *, max_bytes: int, num_workers: int, on_gpu: bool, is_remote: bool = False) -> Memory:
-    """Fit the work into `max_bytes` with at most `num_workers` workers.
+@dataclass(frozen=True, slots=True)
+class Container:
+    """The memory that the container allows, and how much of it is not for work."""
 
-    Raises RequestError naming the smallest budget that works if even one worker needs more.
+    limit_bytes: int
+    used_bytes: int  # by the process when it has planned
+    reserve_bytes: int
+
+    @property
+    def working_bytes(self) -> int:
+        """The largest working memory that fits."""
+        return (self.limit_bytes - self.used_bytes - self.reserve_bytes) * 2 // 3
+
+    def refusal(self, working_bytes: int, what: str) -> str:
+        """Says that so much working memory does not fit, and which limit would do."""
+        enough = self.used_bytes + self.reserve_bytes + working_bytes * 3 // 2 + SPARE_BYTES
+        return (
+            f"the container's memory limit of {self.limit_bytes // MEBIBYTE}MiB is too small for {what}: "
+            f"{enough_mebibytes(self.used_bytes)} are in use, {enough_mebibytes(working_bytes * 3 // 2)} would be for the work and "
+            f"{enough_mebibytes(self.reserve_bytes)} for pages of files and bookkeeping; a limit of {enough_mebibytes(enough)} works"
+        )
+
+
+def container_for(plan: Plan, *, device: torch.device) -> Container | None:
+    """What the container allows for this plan, once it is made; None if it does not limit memory."""
+    limit = memory_limit()
+    if limit is None:
+        return None
+    torch.empty(1, device=device)  # starts CUDA, so that what that takes of the host's memory is in use
+    num_outputs = sum(len(step.outputs) for step in plan.steps)
+    return Container(limit, process_memory().anonymous, RESERVE_BYTES + num_outputs * BOOKKEEPING_BYTES)
+
+
+def budget_memory(
+    plan: Plan,
+    *,
+    max_bytes: int,
+    num_workers: int,
+    on_gpu: bool,
+    is_remote: bool = False,
+    container: Container | None = None,
+    may_shrink: bool = False,
+) -> Memory:
+    """Fit the work into `max_bytes`, or less if it `may_shrink` to what the container allows, with at most `num_workers` workers.
+
+    Raises RequestError naming the smallest budget that works if even one worker needs more, and the smallest limit that works if the
+    container does not allow it.
     """
     block_elements = GPU_BLOCK_ELEMENTS if on_gpu else BLOCK_ELEMENTS
     largest, culprit = COPY_BYTES // WORKING_BYTES, ""
@@ -52,6 +114,10 @@ def budget_memory(plan: Plan, *, max_bytes: int, num_workers: int, on_gpu: bool,
     read_bytes = MIN_READ_BYTES if reads_parts else 0
     needed = block_bytes + 2 * read_bytes  # as read, and turned if its rows are columns
     ahead = max(block_bytes // 4, MIN_READ_AHEAD_BYTES) if is_remote else 0  # a block fits a fraction of it, also in float32
+    if container is not None and needed + ahead > container.working_bytes:
+        raise RequestError(container.refusal(needed + ahead, f"the smallest block of {culprit}" if culprit else "this conversion"))
+    if container is not None and may_shrink:
+        max_bytes = min(max_bytes, container.working_bytes)
     if needed + ahead > max_bytes:
         what = f"{culprit}: its smallest block" if culprit else "reading ahead"
         raise RequestError(f"{what} takes {needed + ahead} bytes of working memory; give --max-memory {needed + ahead}")
@@ -70,7 +136,12 @@ def budget_memory(plan: Plan, *, max_bytes: int, num_workers: int, on_gpu: bool,
     ]
     kept = max((num_bytes for num_bytes in shared if num_bytes <= keep_bytes), default=0)
     peak_bytes = num_workers * (block_bytes + 2 * read_bytes + kept * 5 // 4) + ahead
-    return Memory(num_workers, block_elements, keep_bytes, read_bytes, peak_bytes, ahead)
+    if container is not None and peak_bytes > container.working_bytes:
+        fits = max(container.working_bytes - SPARE_BYTES, needed + ahead)
+        refusal = container.refusal(peak_bytes, f"--max-memory {enough_mebibytes(max_bytes)}")
+        raise RequestError(f"{refusal}, and so does --max-memory {enough_mebibytes(fits)}")
+    limit_bytes = None if container is None else container.limit_bytes
+    return Memory(num_workers, block_elements, keep_bytes, read_bytes, peak_bytes, ahead, limit_bytes)
 
 
 def row_multiple(weight: Weight, scheme: Scheme) -> int:
@@ -79,8 +150,9 @@ def row_multiple(weight: Weight, scheme: Scheme) -> int:
 
 
 def available_cpus() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Processors that this process may use, as far as they are its own and as far as it may have their time."""
+    num_cpus, limit = len(os.sched_getaffinity(0)), cpu_limit()
+    return num_cpus if limit is None else min(num_cpus, math.ceil(limit))
 
 
 def row_blocks(num_rows: int, num_columns: int, *, row_multiple: int, max_elements: int) -> Iterator[tuple[int, int]]:

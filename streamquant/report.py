@@ -1,4 +1,4 @@
-"""What people read: sizes, tables of plans, checkpoints and verifications, as lines of text."""
+"""What people read: tables of plans, checkpoints and verifications, as lines of text."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -11,18 +11,10 @@ from streamquant.names import fold
 from streamquant.plan import Copy, Encode, Plan, Step, bits_per_weight
 from streamquant.schemes import NEED_ACTIVATION_SCALES, PLAIN, SCHEMES
 from streamquant.schemes.plain import Plain
+from streamquant.sizes import format_bytes
 from streamquant.verify import Verification
 
 MAX_ROWS = 60
-
-
-def format_bytes(num_bytes: float) -> str:
-    """A size in decimal units with three digits: 13.6 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 999.5:
-            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.4g} TB"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -46,7 +38,8 @@ def plan_lines(plan: Plan, memory: Memory) -> list[str]:
         ((n, str(c), d, s, format_bytes(b), format_bytes(a), f) for (n, d, s, f), (c, b, a) in rows.items()),
     )
     lines += ["", *summary_lines(plan)]
-    lines.append(f"memory      {format_bytes(memory.peak_bytes)} of working memory in {memory.num_workers} workers, predicted")
+    limit = "" if memory.limit_bytes is None else f"; the container allows {format_bytes(memory.limit_bytes)} in all"
+    lines.append(f"memory      {format_bytes(memory.peak_bytes)} of working memory in {memory.num_workers} workers, predicted{limit}")
     return lines
 
 

@@ -5,6 +5,7 @@ writing. It owns every thread. What is in memory at any time: a block in each wo
 finding their largest magnitude and encoding them, and what is read ahead of a remote source.
 """
 
+import logging
 import queue
 import threading
 import time
@@ -46,6 +47,7 @@ SHARDS_IN_WORK = 2  # one being filled while the one before it is flushed
 FLUSH_SECONDS = 5.0  # between flushes of a shard: the work that the loss of a machine costs, and a step
 COPY_CHUNK_BYTES = 1 << 20  # fits the cache, in which it is read, summed and written
 MALLOC_LESSON_BYTES = 31 << 20
+LOGGER = logging.getLogger("streamquant")
 
 
 def stream_shards(
@@ -186,6 +188,8 @@ class _Recorder:
         item.writer.finished.update(self._take_unflushed())
         item.writer.publish(self._out / item.shard.file)
         self._journal.record_shard(item.shard.file, item.writer.crc32, self.nonfinite)
+        figures = {"file": item.shard.file, "bytes": item.shard.num_bytes}
+        LOGGER.info("%s is finished", item.shard.file, extra={"event": "shard", "figures": figures})
         self._room.release()
 
     def _flush(self) -> None:

@@ -29,6 +29,7 @@ from streamquant.read_ahead import Windows
 from streamquant.schemes import Scheme
 from streamquant.stored import DENSE_DTYPES, stored_tensors
 
+SCALE_BYTES = 1 << 20  # checked at a time: FP8 scales in float32, with what `isfinite` takes, are ten times as large
 SCALE_SUFFIXES = {"weight_scale", "weight_scale_inv", "weight_global_scale"}
 E8M0_NAN = 255
 WORSE_THAN_ZEROS = 1.0
@@ -215,8 +216,8 @@ def _scale_problems(weight: Weight, source: Reader) -> list[str]:
             problems.append(f"{spec.name} is not {list(weight.shape)}")
         if suffix not in SCALE_SUFFIXES:
             continue
-        for start in range(0, spec.num_bytes, COPY_BYTES):
-            scale = read_tensor(source, spec, start, min(start + COPY_BYTES, spec.num_bytes))
+        for start in range(0, spec.num_bytes, SCALE_BYTES):
+            scale = read_tensor(source, spec, start, min(start + SCALE_BYTES, spec.num_bytes))
             bad = (scale == E8M0_NAN) if scale.dtype == torch.uint8 else ~(scale.float().isfinite() & (scale.float() > 0))
             if bool(bad.any()):
                 problems.append(f"{spec.name} holds {int(bad.sum())} scales that are not finite and positive")

@@ -15,10 +15,11 @@ from streamquant.cli import cli
 
 ROOT = Path(streamquant.__file__).parent
 ORDER = (
-    "__main__", "cli", "report", "__init__", "convert", "verify", "inspect", "output", "stream", "read_ahead", "memory", "engines",
-    "plan", "decide", "inputs", "quantization_config", "recipe", "names", "stored", "schemes", "checkpoint", "version", "errors",
+    "__main__", "cli", "progress", "report", "__init__", "convert", "verify", "inspect", "output", "stream", "read_ahead", "memory",
+    "container", "engines", "plan", "decide", "inputs", "quantization_config", "recipe", "names", "stored", "schemes", "checkpoint",
+    "sizes", "version", "errors",
 )  # fmt: skip
-NOT_ARGUMENTS = {"dry_run", "report_file", "quiet", "help"}
+NOT_ARGUMENTS = {"dry_run", "report_file", "log_json", "quiet", "help"}
 
 
 def module_of(path: Path) -> str:

@@ -390,7 +390,7 @@ def test_a_tensor_that_cannot_be_fetched_ends_the_run_with_5_and_the_same_comman
     serve: Start, model: Path, tmp_path: Path
 ) -> None:
     hub = serve(model)
-    args = ("convert", REPO, str(tmp_path / "out"), "--scheme", "NVFP4A16", "--max-memory", "15MB")
+    args = ("convert", REPO, str(tmp_path / "out"), "--scheme", "NVFP4A16", "--max-memory", "15MB", "--quiet")
     hub.fail("*/model-00002*", "503", times=10_000, host="cdn", method="GET")
     assert run(hub, tmp_path, "inspect", REPO).returncode == 5
     hub.close()
@@ -476,7 +476,7 @@ def test_a_killed_job_whose_branch_moved_on_says_how_to_go_on(serve: Start, mode
 def test_sigterm_does_not_wait_for_the_network(serve: Start, model: Path, tmp_path: Path) -> None:
     hub = serve(model, stall_seconds=60.0)
     out = tmp_path / "out"
-    args = command("convert", REPO, str(out), "--scheme", "W4A16")
+    args = command("convert", REPO, str(out), "--scheme", "W4A16", "--quiet")
     process = subprocess.Popen(args, cwd=ROOT, env=environment(hub, tmp_path), stderr=subprocess.PIPE, text=True)
     while not (out / ".streamquant").exists() and process.poll() is None:
         time.sleep(0.001)

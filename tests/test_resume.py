@@ -165,7 +165,7 @@ def test_sigterm_finishes_what_is_in_work_notes_it_and_exits_75(tmp_path: Path) 
     tensors = {f"model.layers.{index}.mlp.up_proj.weight": weight(1024, 1024, seed=index) for index in range(24)}
     source, out = write_checkpoint(tmp_path / "source", tensors, config={"num_hidden_layers": 24}), tmp_path / "out"
     command = [sys.executable, "-m", "streamquant", "convert", str(source), str(out), "--scheme", "W4A16", "--observer", "mse"]
-    command += ["--threads", "1"]
+    command += ["--threads", "1", "--quiet"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while not (out / WORK_FOLDER / "model.safetensors.part").exists() and process.poll() is None:
         time.sleep(0.01)
@@ -291,7 +291,7 @@ def test_a_real_full_disk_exits_4_and_the_same_command_goes_on_when_there_is_roo
 
 def test_an_output_that_cannot_be_written_exits_4_with_its_name(small_disk: Path, source: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    refused = run("convert", str(source), str(small_disk / "out"), "--scheme", "W4A16")
+    refused = run("convert", str(source), str(small_disk / "out"), "--scheme", "W4A16", "--quiet")
     assert refused.returncode == 4
     assert refused.stderr == f"error: {small_disk / 'out'}: Read-only file system\n"
 
