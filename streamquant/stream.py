@@ -153,6 +153,10 @@ class _Recorder:
     def wait_for_room(self) -> None:
         """Wait until another shard may be begun. Raises what made recording fail."""
         self._room.acquire()
+        self.check()
+
+    def check(self) -> None:
+        """Raise what made recording fail, such as a disk that turned out to be full when it was flushed."""
         if self._everything.done():
             self._everything.result()
 
@@ -329,6 +333,7 @@ class _Engine:
         self._slots.acquire()
         if self._failure is not None:
             raise self._failure
+        self._recorder.check()
         task.future = self._workers.submit(self._run, task, reading)
         task.future.add_done_callback(lambda _: self._slots.release())
         if task.ends is not None:

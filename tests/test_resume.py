@@ -255,6 +255,30 @@ def test_a_full_disk_ends_the_run_with_its_work_kept(
     assert file_bytes(out) == whole
 
 
+def test_a_disk_that_turns_out_to_be_full_when_it_is_flushed_ends_the_run_at_once(
+    source: Path, tmp_path: Path, whole: object, monkeypatch: pytest.MonkeyPatch, flush_always: None
+) -> None:
+    """As file systems do that find room for what was written only when it goes to the disk."""
+    calls = 0
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def slowly(_: streamquant.Progress) -> None:
+        nonlocal calls
+        calls += 1
+        time.sleep(0.02)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", full)
+        with pytest.raises(OSError, match="No space left"):
+            streamquant.convert(source, tmp_path / "out", threads=1, on_progress=slowly, **WISH)
+    assert calls < 10
+    assert steps_of(tmp_path / "out") == set()
+    streamquant.convert(source, tmp_path / "out", **WISH)
+    assert file_bytes(tmp_path / "out") == whole
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
