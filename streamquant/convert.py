@@ -57,6 +57,7 @@ class Conversion:
         return {
             "streamquant": __version__,
             "source": self.plan.checkpoint.source,
+            "revision": self.plan.checkpoint.revision,
             "out": self.out,
             "device": self.device,
             "seconds": round(self.seconds, 3),

@@ -46,6 +46,7 @@ class Inspection:
         config = self.checkpoint.config or {}
         return {
             "source": self.checkpoint.source,
+            "revision": self.checkpoint.revision,
             "model_type": config.get("model_type"),
             "architectures": config.get("architectures"),
             "quant_method": self.quant_method,

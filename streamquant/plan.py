@@ -166,6 +166,7 @@ class Plan:
     def _summary(self) -> dict[str, Any]:
         return {
             "source": self.checkpoint.source,
+            "revision": self.checkpoint.revision,
             "source_bytes": self.source_bytes,
             "output_bytes": self.output_bytes,
             "quantization_config": dict(self.quantization_config),

@@ -62,7 +62,8 @@ def summary_lines(plan: Plan) -> list[str]:
     schemes = ", ".join(dict.fromkeys(step.scheme.title for step in stored))
     fused = sum(1 for step in stored if len(step.members) > 1)
     ratio = plan.output_bytes / max(plan.source_bytes, 1)
-    lines = []
+    checkpoint = plan.checkpoint
+    lines = [] if checkpoint.revision is None else [f"source      {checkpoint.source} at {checkpoint.revision}"]
     if stored:
         lines.append(f"quantized   {sum(len(step.members) for step in stored)} weights to {schemes}; {fused} fused groups")
     as_stored = [member.weight.name for step in stored if step.keeps_codes for member in step.members]
@@ -72,10 +73,10 @@ def summary_lines(plan: Plan) -> list[str]:
         *(f"unpacked    {len(names)} x {fate}: {_examples(names)}" for fate, names in _unpacked(encoded).items()),
         *(f"kept        {len(names)} x {reason}: {_examples(names)}" for reason, names in _kept(plan.steps).items()),
         *(f"dropped     {len(names)} x {reason}: {_examples(names)}" for reason, names in _dropped(plan).items()),
-        *(f"left out    {file}: {reason}" for file, reason in plan.checkpoint.left_out.items()),
+        *(f"left out    {file}: {reason}" for file, reason in checkpoint.left_out.items()),
         f"size        {format_bytes(plan.source_bytes)} -> {format_bytes(plan.output_bytes)} ({ratio:.0%}) in {len(plan.shards)} files",
     ]
-    if plan.checkpoint.config is None:
+    if checkpoint.config is None:
         lines.append("config      the source has no config.json: the output's will hold nothing but quantization_config")
     return lines
 

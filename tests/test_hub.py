@@ -224,6 +224,7 @@ def test_every_command_takes_a_model_on_the_hub(serve: Start, model: Path, tmp_p
     ):
         done = run(hub, tmp_path, *args)
         assert done.returncode == 0, done.stderr
+        assert args[0] in {"inspect", "verify"} or f"source      {REPO} at {hub.commit(REPO)}\n" in done.stdout
 
 
 def test_comparing_with_the_hub_reads_it_by_large_pieces(serve: Start, tmp_path: Path) -> None:
