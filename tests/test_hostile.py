@@ -154,6 +154,15 @@ def test_what_belongs_to_tools_is_left_out_of_any_listing(folder: Path, file: st
         assert read_checkpoint(opened).side_files == ()
 
 
+def test_pipes_and_links_in_the_folders_of_tools_are_nobodys_business(folder: Path) -> None:
+    for tool in (".git", "sub/.cache"):
+        (folder / tool).mkdir(parents=True)
+        os.mkfifo(folder / tool / "pipe")
+        (folder / tool / "link").symlink_to("/etc")
+    with LocalSource(folder) as opened:
+        assert read_checkpoint(opened).side_files == ()
+
+
 @pytest.mark.parametrize("files", [("a", "a/b"), ("a/b", "a/b/c/d"), ("README.md", "README.md/x")])
 def test_a_listing_in_which_a_file_is_a_folder_is_refused(folder: Path, files: tuple[str, ...]) -> None:
     assert refusal(Listing(folder, *files)).startswith(f"{files[0]} is a folder, and the name of a file that is written")
@@ -261,14 +270,15 @@ def test_a_link_by_way_of_another_is_refused_where_it_ends_outside(folder: Path,
     assert "leads out of" in refusal(folder)
 
 
-def test_links_within_the_folder_and_to_it_are_followed(folder: Path, tmp_path: Path) -> None:
+def test_links_within_the_folder_and_by_which_it_is_given_are_followed(folder: Path, tmp_path: Path) -> None:
     (folder / "real").mkdir()
     (folder / "model.safetensors").rename(folder / "real" / "weights")
     (folder / "model.safetensors").symlink_to("real/weights")
     (tmp_path / "link").symlink_to(folder)
     streamquant.convert(tmp_path / "link", tmp_path / "out", scheme="W8A8")
-    (tmp_path / "file.safetensors").symlink_to(folder / "model.safetensors")
-    assert len(streamquant.inspect(tmp_path / "file.safetensors").checkpoint.tensors) == 4
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x.safetensors").symlink_to(folder / "model.safetensors")
+    assert len(streamquant.inspect(tmp_path / "elsewhere" / "x.safetensors").checkpoint.tensors) == 4
 
 
 def test_a_link_to_a_folder_is_refused_and_not_lost_silently(folder: Path) -> None:

@@ -50,24 +50,23 @@ class LocalSource:
             os.close(self._opened.popitem()[1][1])
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every file, in folders before those in their subfolders. Raises CheckpointError for what is neither."""
+        """Bytes of every file, in folders too. Raises CheckpointError for what is neither."""
         if self.is_file:
             configs = [name for name in CONFIG_NAMES if (self.folder / name).is_file()]
-            file, *config = parts_of_file(self._file, configs)
-            return {file: _size(self.folder / file)} | {name: self._size(name) for name in config}
+            return {name: self._size(name) for name in parts_of_file(self._file, configs)}
         sizes = {}
         folders = [""]
         while folders:  # of any depth, so no recursion
-            folder, subfolders = folders.pop(), []
-            with os.scandir(self.folder / folder) as found:
-                entries = sorted((entry for entry in found if entry.name not in SKIPPED), key=lambda entry: entry.name)
-            for entry in entries:
-                name = folder + entry.name
-                if entry.is_dir(follow_symlinks=False):
-                    subfolders.append(name + "/")
-                else:
-                    sizes[name] = self._size(name)
-            folders += reversed(subfolders)
+            folder = folders.pop()
+            with os.scandir(self.folder / folder) as entries:
+                for entry in entries:
+                    name = folder + entry.name
+                    if entry.name in SKIPPED:
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(name + "/")
+                    else:
+                        sizes[name] = self._size(name)
         return sizes
 
     def stamp(self, file: str) -> str:
@@ -106,7 +105,7 @@ class LocalSource:
     def _size(self, file: str) -> int:
         """Bytes of a file that may be a link."""
         path = self.folder / file
-        if path.is_symlink():
+        if path.is_symlink() and not (self.is_file and file == self._file):
             target = Path(os.path.realpath(path))
             if not any(target.is_relative_to(root) for root in self._roots):
                 raise CheckpointError(f"{path} is a link that leads out of {self.folder}; put a copy of what it leads to in its place")
