@@ -19,7 +19,8 @@ import pytest
 
 import streamquant
 from streamquant.checkpoint import http, retry
-from streamquant.checkpoint.hub import HubSource
+from streamquant.checkpoint.checkpoint import read_checkpoint
+from streamquant.checkpoint.hub import HubSource, _File
 from streamquant.checkpoint.open_source import open_source
 from streamquant.errors import CheckpointError, NetworkError, RequestError
 from tests.checkpoints import WIKI_LLAMA, attention, file_bytes, mlp, weight, write_checkpoint
@@ -532,6 +533,18 @@ def test_the_cache_is_filled_when_that_is_asked_for_and_serves_without_a_network
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["../../../x", "/etc/hostname", "a//b", "\x1b[31m", "a\0b", "\ud800", "\u202ea"])
+def test_hostile_names_in_a_listing_are_refused(
+    serve: Start, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    hub = serve(model)
+    huggingface_hub.hf_hub_download(REPO, "config.json", cache_dir=str(tmp_path / "cache"), endpoint=hub.endpoint)
+    honest, entry = HubSource._list, _File(Path("/etc/hostname").stat().st_size, "0" * 40)
+    monkeypatch.setattr(HubSource, "_list", lambda self: (honest(self)[0], {name: entry} | honest(self)[1]))
+    with HubSource(REPO) as source, pytest.raises(CheckpointError, match=r"org/model holds .*, which (leaves the folder|has control)"):
+        read_checkpoint(source)
 
 
 def test_the_source_is_closed(serve: Start, model: Path) -> None:
