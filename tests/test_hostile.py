@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import streamquant
 from streamquant import cli
-from streamquant.checkpoint import checkpoint, limits, source
+from streamquant.checkpoint import checkpoint, journal, limits, source
 from streamquant.checkpoint.checkpoint import read_checkpoint
 from streamquant.checkpoint.header import TensorSpec, build_header
 from streamquant.checkpoint.limits import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, MAX_JSON_DEPTH, MAX_TENSOR_NAME
@@ -29,6 +29,7 @@ from streamquant.errors import CheckpointError, RequestError, StreamquantError
 from streamquant.inputs.experts import find_stacks
 from streamquant.inputs.weight import Hints, no_scheme
 from streamquant.names import ModelFacts
+from streamquant.output import is_finished
 from tests.checkpoints import attention, file_bytes, weight, write_checkpoint
 
 INDEX = "model.safetensors.index.json"
@@ -525,3 +526,51 @@ def test_a_pickle_by_the_name_of_a_shard_is_refused_unopened(folder: Path, tmp_p
     with pytest.raises(StreamquantError):
         streamquant.plan(folder / "model.safetensors" if as_file else folder, scheme="W4A16")
     assert not (tmp_path / "marker").exists()
+
+
+# --- outputs of others -----------------------------------------------------------------------------------------------
+
+RECORDS = {
+    "nothing": "", "no JSON": "[", "a list": "[]", "no end": "[" * 100_000, "no files": '{"job": {}}',
+    "files in a list": '{"job": {}, "files": []}',
+    "another entry": '{"shard": "a", "crc32": 1, "nonfinite": []}', "a job in a list": '{"job": [], "files": {}}',
+    "no checksum": '{"job": {}, "files": {"a": {}}}', "a number": '{"job": {}, "files": {"a": 5}}',
+    "a checksum in a list": '{"job": {}, "files": {"a": {"crc32": [1]}}}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("record", RECORDS.values(), ids=RECORDS)
+def test_a_record_that_is_none_is_refused_in_one_line(folder: Path, record: str) -> None:
+    (folder / "streamquant.json").write_text(record)
+    said = f"{folder / 'streamquant.json'} is damaged, or not of streamquant; choose another OUT"
+    with pytest.raises(RequestError, match=f"^{re.escape(said)}$"):
+        streamquant.verify(folder)
+    with pytest.raises(RequestError, match=f"^{re.escape(said)}$"):  # what a conversion into it begins with
+        is_finished(folder, {})
+
+
+def test_a_record_larger_than_any_is_refused_unread(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "streamquant.json").write_text('{"job": {}, "files": {}}')
+    streamquant.verify(folder)
+    monkeypatch.setattr(journal, "MAX_INDEX_BYTES", 20)
+    with pytest.raises(RequestError, match="is damaged"):
+        streamquant.verify(folder)
+
+
+def test_a_record_reaches_no_file_outside_of_its_folder(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    files = {name: {"bytes": 6, "crc32": "00000000"} for name in ("../secret", str(tmp_path / "secret"))}
+    (folder / "streamquant.json").write_text(json.dumps({"job": {}, "files": files}))
+    assert streamquant.verify(folder).problems[-2:] == [f"{name} is missing" for name in files]
+
+
+@pytest.mark.parametrize("name", ["../precious", "{tmp}/precious", "a/../../precious", 5, ["../precious"], {}])
+def test_to_restart_deletes_nothing_outside_of_the_folder(folder: Path, tmp_path: Path, name: Any) -> None:
+    (tmp_path / "precious").write_text("precious")
+    work = tmp_path / "out" / ".streamquant"
+    work.mkdir(parents=True)
+    name = name.format(tmp=tmp_path) if isinstance(name, str) else name
+    (work / "journal.jsonl").write_text(json.dumps({"job": {}, "files": ["model.safetensors", name]}) + "\n")
+    with pytest.raises(RequestError, match="is damaged"):
+        streamquant.convert(folder, tmp_path / "out", scheme="W8A8", restart=True)
+    assert (tmp_path / "precious").read_text() == "precious"

@@ -9,10 +9,11 @@ import fcntl
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Self
 
+from streamquant.checkpoint.limits import MAX_INDEX_BYTES, fault_of_file_name
 from streamquant.checkpoint.writer import sync_folder
 from streamquant.errors import RequestError
 
@@ -20,7 +21,7 @@ WORK_FOLDER = ".streamquant"
 JOURNAL_NAME = "journal.jsonl"
 RECORD_NAME = "streamquant.json"  # in a finished output: the job that made it, and checksums
 RESTART = "choose another OUT, or --restart to discard what it has written"
-ENTRIES = ({"job", "files"}, {"shard", "steps", "nonfinite"}, {"shard", "crc32", "nonfinite"})
+SHARD_KEYS = ({"shard", "steps", "nonfinite"}, {"shard", "crc32", "nonfinite"})
 REVISION_KEY = "source revision"
 NOTHING: Set[str] = frozenset()
 MAX_SHOWN = 100  # characters of what differs
@@ -46,12 +47,12 @@ class Journal:
             if lines and not lines[-1].endswith(b"\n"):
                 del lines[-1]
             if lines and restart:
-                _discard(work, _parse(lines[0], where=path)["files"])
+                _discard(work, _parse_job(lines[0], list, where=path)["files"])
                 lines = []
             if lines:
-                require_same_job(_parse(lines[0], where=path)["job"], job, where=work.parent, way_out=RESTART)
+                require_same_job(_parse_job(lines[0], list, where=path)["job"], job, where=work.parent, way_out=RESTART)
                 for line in lines[1:]:
-                    self._take(_parse(line, where=path))
+                    self._take(_parse(line, *SHARD_KEYS, where=path))
             os.ftruncate(self._descriptor, sum(len(line) for line in lines))
             if not lines:
                 self._append({"job": job, "files": list(files)})
@@ -105,7 +106,15 @@ def require_same_job(theirs: Mapping[str, Any], ours: Mapping[str, Any], *, wher
 
 def read_record(path: Path) -> dict[str, Any]:
     """What RECORD_NAME holds: the job, and the files that it wrote. Raises RequestError if that is not what we write."""
-    return _parse(path.read_bytes(), where=path)
+    text = path.read_bytes() if path.stat().st_size <= MAX_INDEX_BYTES else b""
+    record = _parse_job(text, dict, where=path)
+    if not all(map(_has_checksum, record["files"].values())):
+        raise _damaged(path)
+    return record
+
+
+def _has_checksum(written: Any) -> bool:
+    return isinstance(written, dict) and isinstance(written.get("crc32"), str)
 
 
 def _differing(theirs: Any, ours: Any) -> tuple[str, str]:
@@ -122,20 +131,34 @@ def _short(value: object) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
-def _parse(line: bytes, *, where: Path) -> dict[str, Any]:
-    """A line of a journal, or a record."""
+def _parse(line: bytes, *kinds: Set[str], where: Path) -> dict[str, Any]:
+    """A line of a journal, or a record, which has the keys of one of these kinds."""
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         entry = None
-    if not isinstance(entry, dict) or not any(keys <= entry.keys() for keys in ENTRIES):
-        raise RequestError(f"{where} is damaged, or not of streamquant; choose another OUT")
+    if not isinstance(entry, dict) or not any(keys <= entry.keys() for keys in kinds):
+        raise _damaged(where)
     return entry
 
 
-def _discard(work: Path, files: Iterable[str]) -> None:
+def _parse_job(line: bytes, kind_of_files: type, *, where: Path) -> dict[str, Any]:
+    """A record, or the first line of a journal."""
+    entry = _parse(line, {"job", "files"}, where=where)
+    if not isinstance(entry["job"], dict) or not isinstance(entry["files"], kind_of_files):
+        raise _damaged(where)
+    return entry
+
+
+def _damaged(where: Path) -> RequestError:
+    return RequestError(f"{where} is damaged, or not of streamquant; choose another OUT")
+
+
+def _discard(work: Path, files: Sequence[str]) -> None:
     """Delete the files of the journal's job, and what lies beside the journal."""
     out = work.parent
+    if any(not isinstance(file, str) or fault_of_file_name(file) for file in files):
+        raise _damaged(work / JOURNAL_NAME)
     for file in files:
         (out / file).unlink(missing_ok=True)
         for folder in (out / file).relative_to(out).parents[:-1]:
