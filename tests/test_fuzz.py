@@ -450,6 +450,10 @@ class Listing(LocalSource):
         """The files, and 1 byte of each other name."""
         return super().sizes() | dict.fromkeys(self.names, 1)
 
+    def stamp(self, file: str) -> str:
+        """Those of files that are there."""
+        return super().stamp(file) if (self.folder / file).exists() else ""
+
 
 def listed(folder: Path, rng: Random) -> str:
     """Read a checkpoint with hostile names in its listing: "listed", or the class of the error."""
