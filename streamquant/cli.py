@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -232,19 +232,33 @@ def main() -> None:
     # A plan is millions of objects that all live; looking for garbage among them takes half of the time of planning.
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
-    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        signal.signal(signal.SIGTERM, _terminate)
+        _run()
+    except _Terminated as error:  # also while another failure was being told
+        _fail(error)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is said and done; what is left is leaving
+
+
+def _run() -> None:
     try:
         cli(standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except BaseException as error:
-        failure = _failure(error)
-        if failure is None:
+        if isinstance(error, _Terminated) or _failure(error) is None:
             raise
-        message, exit_code = failure
-        click.echo(f"error: {message}", err=True)
-        sys.exit(exit_code)
+        _fail(error)
+
+
+def _fail(error: BaseException) -> NoReturn:
+    failure = _failure(error)
+    assert failure is not None
+    message, exit_code = failure
+    click.echo(f"error: {message}", err=True)
+    sys.exit(exit_code)
 
 
 def _failure(error: BaseException) -> tuple[str, int] | None:

@@ -181,6 +181,19 @@ def test_sigterm_finishes_what_is_in_work_notes_it_and_exits_75(tmp_path: Path) 
     assert file_bytes(out) == file_bytes(tmp_path / "whole")
 
 
+def test_sigterm_while_another_failure_is_told_is_no_traceback(source: Path, tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys, click\n"
+        "from streamquant import cli\n"
+        "echo = click.echo\n"
+        "click.echo = lambda *args, **kwargs: (setattr(click, 'echo', echo), os.kill(os.getpid(), signal.SIGTERM))\n"
+        "sys.argv = ['streamquant', 'inspect', sys.argv[1]]\n"
+        "cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "./nowhere"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (75, "error: stopped by SIGTERM; the same command goes on where it was\n")
+
+
 # --- what is on the disk, and when -----------------------------------------------------------------------------------
 
 
