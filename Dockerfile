@@ -5,7 +5,7 @@ FROM ${BASE}
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends python3 python3-venv \
+    && apt-get install -y --no-install-recommends ca-certificates python3 python3-venv \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/streamquant
 ENV PATH=/opt/streamquant/bin:$PATH
@@ -14,7 +14,10 @@ COPY constraints.txt pyproject.toml README.md LICENSE /src/
 COPY streamquant /src/streamquant
 RUN pip install --no-cache-dir -c /src/constraints.txt --extra-index-url ${TORCH_INDEX} /src
 
-RUN useradd --create-home streamquant
-USER streamquant
+# A number, by which Kubernetes sees that it is not root. A new volume of Docker takes over the owner of /data; any other user works as well.
+RUN useradd --uid 10001 --create-home streamquant \
+    && install --directory --owner=streamquant --group=streamquant /data
+USER 10001:10001
 WORKDIR /data
+# As process 1: it handles SIGTERM, and starts no processes to be waited for.
 ENTRYPOINT ["streamquant"]

@@ -3,8 +3,8 @@
     python benchmarks/memory.py                     # address space for data limited with RLIMIT_DATA; no rights needed
     python benchmarks/memory.py --cgroup DIRECTORY  # a real memory limit, page cache included
 
-One shard of 4 GB with an embedding of 1 GB in it is converted with the default budget under a limit of 768 MB; then a layer of Llama 4
-Scout, whose experts are two transposed stacks of 2.7 and 1.3 GB; then a checkpoint of ten times the size, under the same limit. The
+One shard of 4 GB with an embedding of 1 GB in it is converted with the default budget under a limit of 768 MiB (--limit); then a layer of
+Llama 4 Scout, whose experts are two transposed stacks of 2.7 and 1.3 GB; then a checkpoint of ten times the size, under the same limit. The
 large source is sparse (it reads as zeros and takes no disk) unless --full.
 
 DIRECTORY is a cgroup in which you may make groups: of version 2, delegated to you and with the memory controller handed down, as in
@@ -22,12 +22,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from measure import MEGABYTE, Measurement, measure, measure_ok, streamquant_command
 from synthetic import llama, stacked, write_checkpoint
 
-LIMIT_BYTES = 768 << 20
+LIMIT_MEBIBYTES = 768
 SOURCE_BYTES = 4_000_000_000
 HIDDEN, INTERMEDIATE = 4096, 14336  # the embedding is 1.05 GB
 SCHEMES = ("FP8_DYNAMIC", "W4A16", "NVFP4A16")
@@ -41,16 +42,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where checkpoints are made")
     parser.add_argument("--cgroup", type=Path, metavar="DIRECTORY", help="a cgroup in which to make a group with the limit")
+    parser.add_argument("--limit", type=int, default=LIMIT_MEBIBYTES, metavar="MIB")
     parser.add_argument("--schemes", nargs="+", default=SCHEMES)
     parser.add_argument("--full", action="store_true", help="write the large source in full: 40 GB of disk")
     parser.add_argument("--skip-large", action="store_true")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="memory-", dir=arguments.folder))
     kind = "RLIMIT_DATA" if arguments.cgroup is None else "cgroup"
-    failures = 0
+    failures, limit_bytes = 0, arguments.limit << 20
     try:
         idle = measure_ok([sys.executable, "-c", "import streamquant.cli"], log=folder / "log")
-        print(f"{kind} of {LIMIT_BYTES / MEGABYTE:.0f} MB; an idle interpreter with the package: {idle.peak_anonymous / MEGABYTE:.0f} MB")
+        print(f"{kind} of {limit_bytes / MEGABYTE:.0f} MB; an idle interpreter with the package: {idle.peak_anonymous / MEGABYTE:.0f} MB")
         print("\n| source | scheme | result | wall time | CPU time | peak anonymous | peak of the cgroup, with page cache |")
         print("|---|---|---|---|---|---|---|", flush=True)
         dense = llama(SOURCE_BYTES, hidden=HIDDEN, intermediate=INTERMEDIATE)
@@ -66,7 +68,7 @@ def main() -> None:
                 continue
             write_checkpoint(folder / "source", tensors, config, shard_bytes=total, sparse=sparse)
             for scheme in schemes:
-                run, cgroup_peak = convert_limited(folder, scheme, cgroup=arguments.cgroup)
+                run, cgroup_peak = convert_limited(folder, scheme, limit_bytes=limit_bytes, cgroup=arguments.cgroup)
                 failures += run.exit_code != 0
                 result = "converted" if run.exit_code == 0 else f"FAILED ({run.exit_code}): {run.output.strip()[-200:]}"
                 usage = "" if cgroup_peak is None else f"{cgroup_peak / MEGABYTE:.0f} MB"
@@ -79,25 +81,25 @@ def main() -> None:
     sys.exit(min(failures, 1))
 
 
-def convert_limited(folder: Path, scheme: str, *, cgroup: Path | None) -> tuple[Measurement, int | None]:
+def convert_limited(folder: Path, scheme: str, *, limit_bytes: int, cgroup: Path | None) -> tuple[Measurement, int | None]:
     """Convert folder/source under the limit. Returns what it took and the peak of the cgroup, if there is one."""
     command = streamquant_command("convert", str(folder / "source"), str(folder / "out"), "--scheme", scheme, "--device", "cpu")
     try:
         if cgroup is None:
-            return measure(command, log=folder / "log", prepare=_limit_data), None
-        with _group(cgroup) as (prepare, peak):
+            return measure(command, log=folder / "log", prepare=partial(_limit_data, limit_bytes)), None
+        with _group(cgroup, limit_bytes) as (prepare, peak):
             return measure(command, log=folder / "log", prepare=prepare), peak()
     finally:
         shutil.rmtree(folder / "out", ignore_errors=True)
 
 
-def _limit_data() -> None:
+def _limit_data(limit_bytes: int) -> None:
     """Allocations past the limit fail. Stricter than a limit on resident memory: it counts what is reserved and never touched."""
-    resource.setrlimit(resource.RLIMIT_DATA, (LIMIT_BYTES, LIMIT_BYTES))
+    resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
 
 
 @contextmanager
-def _group(parent: Path) -> Iterator[tuple[Callable[[], None], Callable[[], int | None]]]:
+def _group(parent: Path, limit_bytes: int) -> Iterator[tuple[Callable[[], None], Callable[[], int | None]]]:
     """A cgroup with the limit: a function that puts the calling process into it, and one that tells its peak so far."""
     limit_name, peak_name = V2_NAMES if (parent / "cgroup.controllers").is_file() else V1_NAMES
     group = parent / f"streamquant-benchmark-{os.getpid()}"
@@ -107,7 +109,7 @@ def _group(parent: Path) -> Iterator[tuple[Callable[[], None], Callable[[], int 
         raise SystemExit(f"cannot make a group in {parent}: {error.strerror}") from None
     try:
         try:
-            (group / limit_name).write_text(str(LIMIT_BYTES))
+            (group / limit_name).write_text(str(limit_bytes))
         except OSError as error:
             raise SystemExit(f"{parent} does not let its groups limit memory: {error.strerror}") from None
 
