@@ -15,6 +15,7 @@ import click
 
 import streamquant
 from streamquant import report
+from streamquant.checkpoint.url import without_secrets
 from streamquant.convert import plan_memory, resolve_device
 from streamquant.engines import check, find_engine
 from streamquant.errors import RequestError, StreamquantError, one_line
@@ -132,7 +133,7 @@ def _logged(file: str | None, *, source: str, out: str, **figures: Any) -> Itera
     if file not in (None, TO_STDERR) and Path(out).resolve() in Path(file).resolve().parents:
         raise RequestError(f"--log-json {file} is inside OUT, which is for the output alone; choose another place")
     with JsonLog(file) as log:
-        log.write("start", streamquant=streamquant.__version__, source=source, out=out, **figures)
+        log.write("start", streamquant=streamquant.__version__, source=without_secrets(source), out=out, **figures)
         try:
             yield log
         except BaseException as error:

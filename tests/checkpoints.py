@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from streamquant.checkpoint.journal import RECORD_NAME
+
 WIKI_LLAMA = Path(__file__).parent.parent / "examples" / "wiki-llama"
 
 
@@ -99,3 +101,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 def file_bytes(folder: Path) -> dict[str, bytes]:
     """Every file of a folder."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def require_same_output(folder: Path, other: Path) -> None:
+    """Two outputs are the same, but for what the record says of the files of the source."""
+    files, expected = file_bytes(folder), file_bytes(other)
+    record, expected_record = json.loads(files.pop(RECORD_NAME)), json.loads(expected.pop(RECORD_NAME))
+    del record["job"]["source files"], expected_record["job"]["source files"]
+    assert record == expected_record
+    assert files == expected

@@ -7,16 +7,19 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+import streamquant
 from streamquant.inputs import awq, compressed, gptq, modelopt, mxfp4
 from streamquant.inputs import fp8 as fp8_input
 from streamquant.inputs import weight as weight_input
 from streamquant.schemes import fp8, integer, mx, nvfp4, observers, packing, plain, scheme
+from tests.checkpoints import WIKI_LLAMA
 
 torch.set_num_threads(1)  # on a busy machine, torch's threads wait for each other longer than they work on small tensors
 
@@ -58,3 +61,16 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args, **kwargs)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def wiki_llama_in(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The example model, converted from its folder into a scheme."""
+
+    @functools.cache
+    def convert(scheme: str) -> Path:
+        out = tmp_path_factory.mktemp("wiki-llama") / scheme
+        streamquant.convert(WIKI_LLAMA, out, scheme=scheme)
+        return out
+
+    return convert

@@ -119,7 +119,14 @@ def test_headers_go_to_the_first_host_only(start: Callable[..., Server]) -> None
     assert "Authorization" not in second.seen[0]
     assert fetch(reader, f"http://localhost:{first.server_port}/to//x", headers={"Authorization": "secret"}) == CONTENT[1000:200_000]
     assert first.seen[0]["Authorization"] == "secret"
-    for target, said in (("file:///etc/passwd", "not of http or https"), ("", "redirects to nowhere"), ("//localhost:1/", "refused")):
+    for target, said in (
+        ("file:///etc/passwd", "not of http or https"),
+        ("http://a..b/", "not of http"),
+        ("http://[/", "not of http"),
+        ("https:///x", "not of http"),
+        ("", "redirects to nowhere"),
+        ("//localhost:1/", "refused"),
+    ):
         with pytest.raises((StreamquantError, Transient), match=said):
             fetch(reader, f"http://localhost:{first.server_port}/to/{target}")
     reader.close()

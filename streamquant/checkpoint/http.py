@@ -12,7 +12,7 @@ import urllib.request
 from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
@@ -70,9 +70,7 @@ class HttpReader:
         Raises Transient for what another attempt may not meet, Expired if that takes another address, CheckpointError if the file is
         not the one that was announced, NetworkError for the rest.
         """
-        origin, connection, response = self._get(location, f"bytes={start}-{start + len(buffer) - 1}")
-        is_whole = False
-        try:
+        with self.get(location, f"bytes={start}-{start + len(buffer) - 1}") as (response, _):
             _check(response, location, start, start + len(buffer))
             filled = 0
             while filled < len(buffer):
@@ -81,7 +79,18 @@ class HttpReader:
                     raise Transient(f"{location.host} sent {filled} of {len(buffer)} bytes")
                 filled += count
                 yield count
-            is_whole = not response.will_close
+
+    @contextmanager
+    def get(self, location: Location, wanted: str | None = None) -> Iterator[tuple[http.client.HTTPResponse, str]]:
+        """The answer to a request for a range or for everything, its body still to be read, and the address that it came from.
+
+        Raises Transient and NetworkError as `read`; what its status means is left to the caller.
+        """
+        origin, connection, response, url = self._get(location, {} if wanted is None else {"Range": wanted})
+        is_whole = False
+        try:
+            yield response, url
+            is_whole = response.isclosed() and not response.will_close
         except (OSError, http.client.HTTPException) as error:
             raise Transient(_said(location, error)) from None
         finally:
@@ -105,25 +114,30 @@ class HttpReader:
                     connection.close()
             self._idle.clear()
 
-    def _get(self, location: Location, wanted: str) -> tuple[_Origin, http.client.HTTPConnection, http.client.HTTPResponse]:
-        """The answer to a request, after redirects."""
-        url, headers = location.url, {**location.headers}
+    def _get(
+        self, location: Location, wanted: Mapping[str, str]
+    ) -> tuple[_Origin, http.client.HTTPConnection, http.client.HTTPResponse, str]:
+        """The answer to a request, after redirects, and where they led."""
+        url, headers, target = location.url, {**location.headers}, ""
         for _ in range(MAX_REDIRECTS):
-            parts = urlsplit(url)
-            if parts.scheme not in PORTS or not parts.hostname:
-                raise NetworkError(f"{location.host} leads to an address that is not of http or https")
-            origin = _Origin(parts.scheme, parts.hostname, parts.port or PORTS[parts.scheme])
-            connection, response = self._request(origin, parts, headers | {"Range": wanted, "Accept-Encoding": "identity"}, location)
+            try:
+                before, url = urlsplit(url), urljoin(url, target)
+                parts = urlsplit(url)
+                origin = _Origin(parts.scheme, parts.hostname or "", parts.port or PORTS[parts.scheme])
+                if not origin.host.encode("idna"):  # which fails for what can be no name of a host
+                    raise ValueError
+            except (ValueError, KeyError):
+                raise NetworkError(f"{location.host} leads to an address that is not of http or https") from None
+            if parts[:2] != before[:2]:
+                headers = {}
+            connection, response = self._request(origin, parts, {**headers, **wanted, "Accept-Encoding": "identity"}, location)
             if response.status not in REDIRECTS:
-                return origin, connection, response
-            target = response.getheader("Location")
+                return origin, connection, response, url
+            target = response.getheader("Location", "")
             response.close()
             self._release(origin, connection, is_whole=False)
             if not target:
                 raise NetworkError(f"{location.host} redirects to nowhere")
-            url = urljoin(url, target)
-            if urlsplit(url)[:2] != parts[:2]:
-                headers = {}
         raise NetworkError(f"{location.host} redirects more than {MAX_REDIRECTS} times")
 
     def _request(
