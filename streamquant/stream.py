@@ -338,6 +338,7 @@ class _Engine:
         task.future.add_done_callback(lambda _: self._slots.release())
         if task.ends is not None:
             self._recorder.put(task.ends)
+            task.ends = None  # leaves no cycle: the command line has garbage collected after a million objects
 
     def _run(self, task: _Task, reading: Reading | None) -> Any:
         try:
@@ -372,8 +373,8 @@ class _Engine:
         reader.read(extent.file, extent.start, buffer)
         return buffer
 
-    def _scan(self, step: Encode, member: Member, start: int, end: int, reader: Reader) -> Tensor:
-        """The largest bound in a range of rows: float32 [1], on the CPU."""
+    def _scan(self, step: Encode, member: Member, start: int, end: int, reader: Reader) -> float:
+        """The largest bound in a range of rows."""
         blocks = self._blocks(member, start, end, step.scheme, reader)
         return _largest([self._observe(weight_NK, member, step.scheme)[1] for _, weight_NK in blocks])
 
@@ -471,8 +472,8 @@ class _Engine:
         finite_NK = weight_NK.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         return finite_NK, scheme.observe(finite_NK)
 
-    def _share(self, step: Encode, amaxes: Sequence[Tensor]) -> Tensor:
-        amax = torch.stack(list(amaxes)).amax(0)
+    def _share(self, step: Encode, amaxes: Sequence[float]) -> Tensor:
+        amax = torch.tensor([max(amaxes)], dtype=torch.float32)
         return step.scheme.share(amax, TORCH_DTYPES[step.members[0].weight.dtype]).to(self._device)
 
 
@@ -505,8 +506,9 @@ def _store_once(member: Member, scheme: Scheme, output: StepWriter, shared: Tens
     _store(member, output, 0, once, scheme)
 
 
-def _largest(bounds: Sequence[Tensor]) -> Tensor:
-    return torch.stack([bound.abs().amax() for bound in bounds]).amax().view(1).cpu()
+def _largest(bounds: Sequence[Tensor]) -> float:
+    """The largest magnitude. No tensor: small ones that outlive large ones tear the heap apart, which then grows with the model."""
+    return float(torch.stack([bound.abs().amax() for bound in bounds]).amax())
 
 
 def _bytes(tensor: Tensor) -> memoryview:

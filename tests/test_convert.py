@@ -1,5 +1,6 @@
 """The whole job on small real checkpoints: the same bytes whatever the machine does, whole or not at all, nothing lost."""
 
+import gc
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import streamquant
-from streamquant import memory
+from streamquant import memory, stream
 from streamquant.checkpoint.header import build_header
 from streamquant.checkpoint.limits import MAX_JSON_DEPTH
 from streamquant.errors import CheckpointError, RequestError, StorageError
@@ -387,6 +388,28 @@ def test_progress_counts_every_byte_once(source: Path, tmp_path: Path) -> None:
     conversion = streamquant.convert(source, tmp_path / "out", scheme="NVFP4A16", on_progress=seen.append)
     assert [progress.done_bytes for progress in seen] == sorted(progress.done_bytes for progress in seen)
     assert seen[-1].done_bytes == seen[-1].total_bytes == conversion.plan.source_bytes
+
+
+def test_what_is_done_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tensors that outlive large ones tear the heap apart; cycles wait for a collector that the command line hardly runs."""
+    monkeypatch.setattr(memory, "MAX_KEEP_BYTES", 0)
+    monkeypatch.setattr(stream, "TASK_BYTES", 4 * 256)
+    source = write_checkpoint(tmp_path / "source", mlp("model.layers.0.mlp", rows=256))
+    num_tensors = []
+
+    def count(progress: streamquant.Progress) -> None:
+        if progress.done_bytes % 8192 == 0:
+            num_tensors.append(sum(type(thing) is torch.Tensor for thing in gc.get_objects()))
+
+    gc.collect()
+    gc.disable()
+    try:
+        streamquant.convert(source, tmp_path / "out", scheme="NVFP4A16", threads=1, on_progress=count)
+        assert not [thing for thing in gc.get_objects() if type(thing) is stream._Task]
+    finally:
+        gc.enable()
+    assert len(num_tensors) > 10
+    assert max(num_tensors) - num_tensors[0] < 10  # of 128 that were scanned
 
 
 def test_torch_keeps_its_threads(source: Path, tmp_path: Path) -> None:
