@@ -19,7 +19,7 @@ from streamquant.errors import CheckpointError
 from streamquant.inputs.weight import Hints, InputFormat, Weight
 from streamquant.schemes import Scheme
 from streamquant.schemes.integer import PackedInt
-from streamquant.schemes.scheme import Scales, dequantize
+from streamquant.schemes.units import Scales, dequantize
 
 NUM_BITS = 4
 PER_WORD = 8

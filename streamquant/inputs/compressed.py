@@ -17,7 +17,7 @@ from streamquant.inputs.weight import Hints, InputFormat, Weight, group_of_colum
 from streamquant.schemes import SCHEMES, Scheme
 from streamquant.schemes.integer import ByteInt, PackedInt
 from streamquant.schemes.packing import WORD_BITS
-from streamquant.schemes.scheme import dequantize
+from streamquant.schemes.units import dequantize
 from streamquant.stored import DENSE_DTYPES, stored_tensors
 
 GROUP_INDEX = "weight_g_idx"

@@ -18,7 +18,7 @@ from streamquant.errors import CheckpointError
 from streamquant.inputs.weight import Hints, InputFormat, Weight, scale_value
 from streamquant.schemes import Scheme
 from streamquant.schemes.fp8 import BLOCK, Fp8
-from streamquant.schemes.scheme import Scales, dequantize
+from streamquant.schemes.units import Scales, dequantize
 
 SCALE_ROLES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")

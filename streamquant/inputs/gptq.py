@@ -22,7 +22,7 @@ from streamquant.inputs.weight import Hints, InputFormat, Weight, group_of_colum
 from streamquant.schemes import Scheme
 from streamquant.schemes.integer import PackedInt
 from streamquant.schemes.packing import WORD_BITS, unpack_int32
-from streamquant.schemes.scheme import Scales, dequantize
+from streamquant.schemes.units import Scales, dequantize
 from streamquant.stored import DENSE_DTYPES
 
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
