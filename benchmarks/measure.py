@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -75,6 +76,16 @@ def measure_ok(command: Sequence[str], *, log: Path, environment: Mapping[str, s
 def streamquant_command(*arguments: str) -> list[str]:
     """The program under test, run by this interpreter."""
     return [sys.executable, "-m", "streamquant", *arguments]
+
+
+def convert_on_cpu(source: Path, scheme: str, *options: str) -> Measurement:
+    """Convert `source` into a folder beside it, which is removed again."""
+    out = source.parent / "out"
+    command = streamquant_command("convert", str(source), str(out), "--scheme", scheme, "--device", "cpu", "--quiet", *options)
+    try:
+        return measure_ok(command, log=source.parent / "log")
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
 
 
 def alternate(cases: Mapping[str, tuple[Callable[[], T], int]]) -> dict[str, list[T]]:
