@@ -117,7 +117,7 @@ def main() -> None:
         print(f"source: {size}; observer {_observer(arguments)}; {arguments.repeats} repeats; {available_cpus()} CPUs\n")
         _print_floors(source.resolve(), folder, arguments)
         print_header(
-            *("scheme", "program", "wall time", "ratio", "speed", "of reading and writing", "of the same, flushed"),
+            *("scheme", "program", "wall time", "ratio", "speed", "share of reading and writing", "of the same, flushed"),
             *("CPU time", "ratio", "peak anonymous", "ratio", "peak RSS"),
         )
         for scheme in arguments.schemes:
@@ -151,7 +151,7 @@ def _compare(scheme: str, source: Path, folder: Path, arguments: argparse.Namesp
     plan = streamquant.plan(source, scheme=scheme, observer=_observer(arguments))
     kept = [step.source.name for step in plan.steps if isinstance(step, Copy) and len(step.source.shape) > 1]
     ours, *peers = _programs(scheme, source, folder, arguments, kept=kept)
-    transfer = partial(_transfer, source, folder / "transfer", plan.output_bytes)
+    transfer = partial(read_and_write, source, folder / "transfer", output_bytes=plan.output_bytes, num_threads=available_cpus())
     runs = alternate(
         {ours.name: (partial(_run, ours.command, folder, ours.out), arguments.repeats)}
         | {"reading and writing": (transfer, arguments.repeats), "the same, flushed": (partial(transfer, flush=True), arguments.repeats)}
@@ -228,13 +228,6 @@ def _run_peer(peer: Program, source: Path, ours: Path) -> Measurement:
 def _tensors(checkpoint: Path) -> set[tuple[str, str, tuple[int, ...]]]:
     with LocalSource(checkpoint) as opened:
         return {(spec.name, spec.dtype, spec.shape) for spec in read_checkpoint(opened).tensors.values()}
-
-
-def _transfer(source: Path, out: Path, output_bytes: int, *, flush: bool = False) -> Measurement:
-    try:
-        return read_and_write(source, out, output_bytes=output_bytes, num_threads=available_cpus(), flush=flush)
-    finally:
-        shutil.rmtree(out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What no conversion beats: reading its source and writing as many bytes as it puts out, and moving bytes through memory."""
 
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Iterator
@@ -15,22 +16,26 @@ ARRAY_BYTES = 256 << 20  # of each thread; more than caches hold
 PASSES = 5
 
 
-def read_and_write(source: Path, out: Path, *, output_bytes: int, num_threads: int, flush: bool = False) -> Measurement:
-    """Read all shards of `source` in pieces of 1 MiB and write `output_bytes`, of each piece its share, into a new folder `out`.
+def read_and_write(source: Path, out: Path, *, output_bytes: int, num_threads: int, read: bool = True, flush: bool = False) -> Measurement:
+    """Read all shards of `source` in pieces of 1 MiB and write `output_bytes`, of each piece its share, into `out`, which is removed again.
 
-    Each thread writes a file of its own, since file systems let one at a time write to a file. With 0 for `output_bytes` it only reads.
+    Each thread writes a file of its own, since file systems let one at a time write to a file. With 0 for `output_bytes` it only reads,
+    without `read` it only writes.
     """
     out.mkdir()
-    pieces = list(_pieces(source))
-    started, cpu_started = time.monotonic(), time.process_time()
-    with ThreadPoolExecutor(num_threads) as pool:
-        works = [
-            pool.submit(_read_and_write, pieces, range(first, len(pieces), num_threads), out / str(first), output_bytes, flush)
-            for first in range(num_threads)
-        ]
-        for work in works:
-            work.result()
-    return Measurement(time.monotonic() - started, time.process_time() - cpu_started, 0, 0, 0, "")
+    try:
+        pieces = list(_pieces(source))
+        started, cpu_started = time.monotonic(), time.process_time()
+        with ThreadPoolExecutor(num_threads) as pool:
+            works = [
+                pool.submit(_transfer, pieces, range(first, len(pieces), num_threads), out / str(first), output_bytes, read, flush)
+                for first in range(num_threads)
+            ]
+            for work in works:
+                work.result()
+        return Measurement(time.monotonic() - started, time.process_time() - cpu_started, 0, 0, 0, "")
+    finally:
+        shutil.rmtree(out)
 
 
 def memory_bandwidth(num_threads: int) -> float:
@@ -51,7 +56,7 @@ def _pieces(source: Path) -> Iterator[tuple[Path, int]]:
             yield path, start
 
 
-def _read_and_write(pieces: list[tuple[Path, int]], mine: range, out: Path, output_bytes: int, flush: bool) -> None:
+def _transfer(pieces: list[tuple[Path, int]], mine: range, out: Path, output_bytes: int, read: bool, flush: bool) -> None:
     buffer = memoryview(bytearray(max(PIECE_BYTES, -(-output_bytes // len(pieces)))))
     files: dict[Path, int] = {}
     with out.open("wb", buffering=0) as output:
@@ -60,7 +65,8 @@ def _read_and_write(pieces: list[tuple[Path, int]], mine: range, out: Path, outp
                 path, start = pieces[index]
                 if path not in files:
                     files[path] = os.open(path, os.O_RDONLY)
-                os.preadv(files[path], [buffer[:PIECE_BYTES]], start)
+                if read:
+                    os.preadv(files[path], [buffer[:PIECE_BYTES]], start)
                 output.write(buffer[: output_bytes * (index + 1) // len(pieces) - output_bytes * index // len(pieces)])
             if flush:
                 os.fsync(output.fileno())
