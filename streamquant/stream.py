@@ -6,6 +6,7 @@ finding their largest magnitude and encoding them, and what is read ahead of a r
 """
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -379,7 +380,7 @@ class _Engine:
     def _scan(self, step: Encode, member: Member, start: int, end: int, reader: Reader) -> float:
         """The largest bound in a range of rows."""
         blocks = self._blocks(member, start, end, step.scheme, reader)
-        return _largest([self._observe(weight_NK, member, step.scheme)[1] for _, weight_NK in blocks])
+        return max(_largest(self._observe(weight_NK, member, step.scheme)[1]) for _, weight_NK in blocks)
 
     def _encode(
         self, step: Encode, member: Member, start: int, end: int, output: StepWriter, reader: Reader, *, scans: Sequence[_Task] = ()
@@ -425,7 +426,7 @@ class _Engine:
                 finite_NK, bounds_BRC = self._observe(weight_NK, member, scheme)
                 block_NK = whole_NK[row : row + len(finite_NK)].copy_(finite_NK)
                 kept.append((member, row, block_NK, bounds_BRC))
-        shared = self._share(step, [_largest([bounds_BRC for *_, bounds_BRC in kept])])
+        shared = self._share(step, [max(_largest(bounds_BRC) for *_, bounds_BRC in kept)])
         for member, row, weight_NK, bounds_BRC in kept:
             _store(member, output, row, scheme.encode(weight_NK, bounds_BRC, shared=shared, kernels=self._kernels), scheme)
         for member in step.members:
@@ -466,7 +467,7 @@ class _Engine:
     def _observe(self, weight_NK: Tensor, member: Member, scheme: Scheme) -> tuple[Tensor, Tensor]:
         """The weight, with zeros in place of what is not finite, and its bounds. Raises CheckpointError unless that is allowed."""
         bounds_BRC = scheme.observe(weight_NK, kernels=self._kernels)
-        if bool(bounds_BRC.isfinite().all()):
+        if math.isfinite(_largest(bounds_BRC)):
             return weight_NK, bounds_BRC
         name = member.weight.name
         if not self._allow_nonfinite:
@@ -509,9 +510,9 @@ def _store_once(member: Member, scheme: Scheme, output: StepWriter, shared: Tens
     _store(member, output, 0, once, scheme)
 
 
-def _largest(bounds: Sequence[Tensor]) -> float:
+def _largest(bounds: Tensor) -> float:
     """The largest magnitude. No tensor: small ones that outlive large ones tear the heap apart, which then grows with the model."""
-    return float(torch.stack([bound.abs().amax() for bound in bounds]).amax())
+    return float(bounds.abs().amax())
 
 
 def _bytes(tensor: Tensor) -> memoryview:
