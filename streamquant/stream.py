@@ -25,6 +25,7 @@ from streamquant.checkpoint.source import Extent, Reader, Source
 from streamquant.checkpoint.writer import ShardWriter, StepWriter
 from streamquant.errors import CheckpointError
 from streamquant.inputs import Weight
+from streamquant.inputs.weight import Allocate
 from streamquant.memory import COPY_BYTES, Memory, row_blocks, row_multiple
 from streamquant.plan import Copy, Encode, Member, Shard, Step
 from streamquant.read_ahead import NUM_BUFFERS, ReadAhead, Reading, Spool, coalesce
@@ -398,7 +399,7 @@ class _Engine:
         """Store the codes and scales that the source has."""
         weight, scheme = member.weight, step.scheme
         stored: dict[str, Tensor] = {}
-        for row, stored in self._stored_blocks(weight, start, end, scheme, reader):
+        for row, stored in self._stored_blocks(weight, start, end, scheme, reader, self._buffer):
             _store(member, output, row, weight.repack(stored, scheme), scheme)
         if start == 0:
             _store_once(member, scheme, output, weight.format.shared(stored) if scheme.shares_amax else None)
@@ -418,28 +419,37 @@ class _Engine:
                 self._repack(step, member, 0, member.weight.shape[0], output, reader)
             return
         scheme = step.scheme
+        # One piece, used again and again: blocks kept one by one between temporaries would tear the heap apart.
+        memory = _Pieces(self._buffer("kept", sum(member.weight.decoded_bytes for member in step.members)))
         kept = []
         for member in step.members:
-            # In one piece: blocks kept one by one between temporaries would tear the heap apart.
-            whole_NK = torch.empty(member.weight.shape, dtype=TORCH_DTYPES[member.weight.dtype], device=self._device)
-            for row, weight_NK in self._blocks(member, 0, len(whole_NK), scheme, reader):
+            weight, dtype = member.weight, TORCH_DTYPES[member.weight.dtype]
+            allocate = memory.take if weight.is_plain else self._buffer
+            for row, weight_NK in self._blocks(member, 0, weight.shape[0], scheme, reader, allocate):
                 finite_NK, bounds_BRC = self._observe(weight_NK, member, scheme)
-                block_NK = whole_NK[row : row + len(finite_NK)].copy_(finite_NK)
-                kept.append((member, row, block_NK, bounds_BRC))
+                if not weight.is_plain:
+                    piece_NK = memory.take("", finite_NK.numel() * dtype.itemsize).view(dtype).view(finite_NK.shape)
+                    finite_NK = piece_NK.to(self._device).copy_(finite_NK)
+                kept.append((member, row, finite_NK, bounds_BRC))
         shared = self._share(step, [max(_largest(bounds_BRC) for *_, bounds_BRC in kept)])
         for member, row, weight_NK, bounds_BRC in kept:
             _store(member, output, row, scheme.encode(weight_NK, bounds_BRC, shared=shared, kernels=self._kernels), scheme)
         for member in step.members:
             _store_once(member, scheme, output, shared)
 
-    def _blocks(self, member: Member, start: int, end: int, scheme: Scheme, reader: Reader) -> Iterator[tuple[int, Tensor]]:
-        """(first row, weight_NK on the device) for blocks of the rows start..end. A block may overwrite the one before."""
+    def _blocks(
+        self, member: Member, start: int, end: int, scheme: Scheme, reader: Reader, allocate: Allocate | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(first row, weight_NK on the device) for blocks of the rows start..end.
+
+        They are read into what `allocate` gives, by default into memory in which a block overwrites the one before.
+        """
         weight = member.weight
-        for row, stored in self._stored_blocks(weight, start, end, scheme, reader):
+        for row, stored in self._stored_blocks(weight, start, end, scheme, reader, allocate or self._buffer):
             yield row, weight.decode({role: tensor.to(self._device) for role, tensor in stored.items()})
 
     def _stored_blocks(
-        self, weight: Weight, start: int, end: int, scheme: Scheme, reader: Reader
+        self, weight: Weight, start: int, end: int, scheme: Scheme, reader: Reader, allocate: Allocate
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """(first row, what the source has of it) for blocks of the rows start..end."""
         multiple, num_columns = row_multiple(weight, scheme), weight.shape[1]
@@ -449,7 +459,7 @@ class _Engine:
             read_elements = self._memory.read_bytes * weight.num_elements // max(weight.num_bytes, 1)
         for read in row_blocks(end - start, num_columns, row_multiple=multiple, max_elements=read_elements):
             first, last = start + read[0], start + read[1]
-            stored = weight.read(reader, first, last, self._buffer)
+            stored = weight.read(reader, first, last, allocate)
             if weight.is_plain:
                 yield first, stored
                 continue
@@ -479,6 +489,19 @@ class _Engine:
     def _share(self, step: Encode, amaxes: Sequence[float]) -> Tensor:
         amax = torch.tensor([max(amaxes)], dtype=torch.float32)
         return step.scheme.share(amax, TORCH_DTYPES[step.members[0].weight.dtype]).to(self._device)
+
+
+class _Pieces:
+    """Memory handed out piece by piece."""
+
+    def __init__(self, memory: Tensor):
+        self._memory, self._taken = memory, 0
+
+    def take(self, role: str, num_bytes: int) -> Tensor:
+        """The next `num_bytes`."""
+        del role
+        self._taken += num_bytes
+        return self._memory[self._taken - num_bytes : self._taken]
 
 
 def _all_extents(step: Encode) -> list[Extent]:
