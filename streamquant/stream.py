@@ -49,6 +49,7 @@ QUEUED_TASKS = 4  # per worker
 SHARDS_IN_WORK = 2  # one being filled while the one before it is flushed
 FLUSH_SECONDS = 5.0  # between flushes of a shard: the work that the loss of a machine costs, and a step
 COPY_CHUNK_BYTES = 1 << 20  # fits the cache, in which it is read, summed and written
+ALIGNMENT = 8  # no dtype of weights has more bytes
 MALLOC_LESSON_BYTES = 31 << 20
 LOGGER = logging.getLogger("streamquant")
 
@@ -420,10 +421,11 @@ class _Engine:
             return
         scheme = step.scheme
         # One piece, used again and again: blocks kept one by one between temporaries would tear the heap apart.
-        memory = _Pieces(self._buffer("kept", sum(member.weight.decoded_bytes for member in step.members)))
+        memory = _Pieces(self._buffer("kept", sum(member.weight.decoded_bytes + ALIGNMENT for member in step.members)))
         kept = []
         for member in step.members:
             weight, dtype = member.weight, TORCH_DTYPES[member.weight.dtype]
+            memory.align()
             allocate = memory.take if weight.is_plain else self._buffer
             for row, weight_NK in self._blocks(member, 0, weight.shape[0], scheme, reader, allocate):
                 finite_NK, bounds_BRC = self._observe(weight_NK, member, scheme)
@@ -496,6 +498,10 @@ class _Pieces:
 
     def __init__(self, memory: Tensor):
         self._memory, self._taken = memory, 0
+
+    def align(self) -> None:
+        """Let the next piece begin where numbers of any dtype may."""
+        self._taken += -self._taken % ALIGNMENT
 
     def take(self, role: str, num_bytes: int) -> Tensor:
         """The next `num_bytes`."""

@@ -88,6 +88,22 @@ def test_threads_blocks_and_budget_change_no_byte(source: Path, tmp_path: Path, 
     assert file_bytes(tmp_path / "many") == expected
 
 
+def test_weights_of_several_dtypes_share_a_scale(tmp_path: Path) -> None:
+    attention = "model.layers.0.self_attn"
+    tensors = {
+        f"{attention}.q_proj.weight": torch.randn(3, 5).bfloat16(),  # 30 bytes: the next one does not begin where a float32 may
+        f"{attention}.k_proj.weight": torch.randn(1, 5),
+        f"{attention}.v_proj.weight": torch.randn(1, 5).half(),
+    }
+    source = write_checkpoint(tmp_path / "model", tensors)
+    streamquant.convert(source, tmp_path / "out", scheme="FP8A16", strategy="tensor", scale_dtype="float32")
+    written = read_tensors(tmp_path / "out")
+    largest = max(tensor.float().abs().max() for tensor in tensors.values())
+    for name, tensor in tensors.items():
+        assert written[f"{name}_scale"] == largest / 448
+        assert torch.equal(written[name].float(), (tensor.float() / (largest / 448)).to(torch.float8_e4m3fn).float())
+
+
 @pytest.mark.parametrize("scheme", ["NVFP4A16", "W4A16", "FP8_BLOCK"])
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_changes_no_byte(tmp_path: Path, scheme: str) -> None:
