@@ -110,6 +110,7 @@ def cli() -> None:
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--report", "report_file", metavar="FILE.json", help="Write what was done to a JSON file.")
 @click.option("--log-json", metavar="FILE", help="Append what happens to a file, a JSON object a line; - for stderr.")
+@click.option("--trace", metavar="FILE", help="Write a timeline of what each thread does, for chrome://tracing or Perfetto.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def convert(source: str, out: str, *, dry_run: bool, report_file: str | None, log_json: str | None, quiet: bool, **options: Any) -> None:
     """Quantize the checkpoint SOURCE (a directory or a .safetensors file) into the new directory OUT.
@@ -119,7 +120,7 @@ def convert(source: str, out: str, *, dry_run: bool, report_file: str | None, lo
     with _logged(log_json, source=source, out=out, dry_run=dry_run, settings=options) as log:
         if dry_run:
             machine = {name: options.pop(name) for name in ("device", "max_memory", "threads", "kernels")}
-            for name in ("allow_nonfinite", "cache", "restart"):
+            for name in ("allow_nonfinite", "cache", "restart", "trace"):
                 del options[name]
             _print_plan(source, as_json=False, machine=machine, options=options)
             log.write("done", dry_run=True)

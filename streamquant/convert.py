@@ -28,6 +28,7 @@ from streamquant.schemes.kernels import Kernels
 from streamquant.schemes.plain import Plain
 from streamquant.sizes import format_bytes, parse_size
 from streamquant.stream import OnProgress, spool_bytes, stream_shards
+from streamquant.trace import Trace
 from streamquant.verify import verify
 from streamquant.version import __version__
 
@@ -150,6 +151,7 @@ def convert(
     allow_nonfinite: bool = False,
     cache: bool = False,
     restart: bool = False,
+    trace: str | os.PathLike[str] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Conversion:
     """Quantize the checkpoint `source`, a directory or a .safetensors file, into the new directory `out`.
@@ -173,6 +175,7 @@ def convert(
     allow_nonfinite: store NaN and infinite weights as zeros instead of stopping.
     cache: download a source on the Hub into its ordinary cache first, instead of streaming it.
     restart: discard what an unfinished run of another job has written into `out`.
+    trace: file for a timeline of what each thread does, in Chrome's trace format (trace.py).
     on_progress: called from worker threads, one call at a time.
 
     A run that was killed goes on when called again with the same arguments, at the tensor where it was. `out` gets its
@@ -219,18 +222,20 @@ def convert(
                     )
                 opened.prepare(list(the_plan.checkpoint.identity))
                 require_space(todo, out=out, work=work, temporary_bytes=spool_bytes(todo, memory))
-                stream_shards(
-                    todo,
-                    opened,
-                    out=out,
-                    work=work,
-                    journal=journal,
-                    memory=memory,
-                    device=checked_device,
-                    kernels=found_kernels,
-                    allow_nonfinite=allow_nonfinite,
-                    on_progress=on_progress,
-                )
+                with Trace(trace) as timeline:
+                    stream_shards(
+                        todo,
+                        opened,
+                        out=out,
+                        work=work,
+                        journal=journal,
+                        memory=memory,
+                        device=checked_device,
+                        kernels=found_kernels,
+                        allow_nonfinite=allow_nonfinite,
+                        on_progress=on_progress,
+                        trace=timeline,
+                    )
                 require_unchanged(the_plan.checkpoint, opened)
                 finish(the_plan, opened, out=out, work=work, job=job, journal=journal)
                 nonfinite = sorted(journal.nonfinite)

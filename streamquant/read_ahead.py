@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Protocol, TypeVar
 
 from streamquant.checkpoint.source import Extent, Source
+from streamquant.trace import Trace
 
 GAP_BYTES = 128 << 10  # fetched in less time than another request takes
 NUM_BUFFERS = 16
@@ -38,8 +39,8 @@ T = TypeVar("T", bound=Task)
 class ReadAhead:
     """Reads a remote source ahead with `num_bytes` of buffers."""
 
-    def __init__(self, source: Source, num_bytes: int):
-        self._source = source
+    def __init__(self, source: Source, num_bytes: int, trace: Trace):
+        self._source, self._trace = source, trace
         self._buffer_bytes = num_bytes // NUM_BUFFERS
         self._free: queue.SimpleQueue[bytearray | None] = queue.SimpleQueue()
         for _ in range(NUM_BUFFERS):
@@ -83,10 +84,14 @@ class ReadAhead:
         for task, indices in zip(tasks, read, strict=True):
             yield task, Reading([pieces[index] for index in indices])
 
+    def _fetch(self, extent: Extent, view: memoryview) -> None:
+        with self._trace.span("fetch"):
+            self._source.read(extent.file, extent.start, view)
+
     def _request(self, extent: Extent, num_readers: int) -> "_Piece":
         buffer = self._free.get() or bytearray(self._buffer_bytes)
         view = memoryview(buffer)[: extent.num_bytes]
-        fetched = self._fetchers.submit(self._source.read, extent.file, extent.start, view)
+        fetched = self._fetchers.submit(self._fetch, extent, view)
         return _Piece(extent, view, fetched, num_readers, lambda: self._free.put(buffer))
 
 

@@ -33,6 +33,7 @@ from streamquant.schemes import Scheme
 from streamquant.schemes.kernels import Kernels
 from streamquant.schemes.packing import flat
 from streamquant.stored import TORCH_DTYPES
+from streamquant.trace import Trace
 
 
 class Progress(NamedTuple):
@@ -66,6 +67,7 @@ def stream_shards(
     kernels: Kernels,
     allow_nonfinite: bool,
     on_progress: OnProgress | None = None,
+    trace: Trace | None = None,
 ) -> None:
     """Fill each shard in a temporary file in `work`, but for the steps that the journal has, and give it its name in `out`.
 
@@ -73,10 +75,11 @@ def stream_shards(
     and NaNs were stored as zeros; without `allow_nonfinite` the first one raises CheckpointError. `on_progress` is called from worker
     threads, one call at a time.
     """
+    trace = trace or Trace()
     total = sum(step.source_bytes for shard in shards for index, step in enumerate(shard.steps) if index not in journal.steps[shard.file])
     with (
-        _Recorder(journal, out) as recorder,
-        _Engine(source, recorder, work, memory, device, kernels, allow_nonfinite, total, on_progress) as engine,
+        _Recorder(journal, out, trace) as recorder,
+        _Engine(source, recorder, work, memory, device, kernels, allow_nonfinite, total, on_progress, trace) as engine,
     ):
         for shard in shards:
             recorder.wait_for_room()
@@ -135,9 +138,9 @@ class _ShardInWork:
 class _Recorder:
     """Waits for steps in order, flushes and notes them, and gives shards their names; in a thread of its own."""
 
-    def __init__(self, journal: Journal, out: Path):
+    def __init__(self, journal: Journal, out: Path, trace: Trace):
         self.nonfinite: set[str] = set()
-        self._journal, self._out = journal, out
+        self._journal, self._out, self._trace = journal, out, trace
         self._items: queue.SimpleQueue[_StepInWork | _ShardInWork | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(SHARDS_IN_WORK)
         self._writers: list[ShardWriter] = []
@@ -195,7 +198,8 @@ class _Recorder:
 
     def _publish(self, item: _ShardInWork) -> None:
         item.writer.finished.update(self._take_unflushed())
-        item.writer.publish(self._out / item.shard.file)
+        with self._trace.span("flush"):
+            item.writer.publish(self._out / item.shard.file)
         self._journal.record_shard(item.shard.file, item.writer.crc32, self.nonfinite)
         figures = {"file": item.shard.file, "bytes": item.shard.num_bytes}
         LOGGER.info("%s is finished", item.shard.file, extra={"event": "shard", "figures": figures})
@@ -204,7 +208,8 @@ class _Recorder:
     def _flush(self) -> None:
         if self._unflushed:
             shard, writer = self._unflushed[0].shard, self._unflushed[0].writer
-            writer.flush()
+            with self._trace.span("flush"):
+                writer.flush()
             steps = self._take_unflushed()
             writer.finished.update(steps)
             self._journal.record_steps(shard.file, steps, self.nonfinite)
@@ -230,16 +235,18 @@ class _Engine:
         allow_nonfinite: bool,
         total: int,
         on_progress: OnProgress | None,
+        trace: Trace,
     ):
         self._source, self._recorder, self._work, self._memory = source, recorder, work, memory
         self._device, self._kernels, self._allow_nonfinite = device, kernels, allow_nonfinite
         self._total, self._on_progress, self._done = total, on_progress, 0
+        self._trace = trace
         self._lock = threading.Lock()
         self._buffers = threading.local()
         self._slots = threading.Semaphore(QUEUED_TASKS * memory.num_workers)
         self._failure: BaseException | None = None
         reads_ahead = memory.read_ahead_bytes and source.num_connections  # which it has not if all was downloaded since the plan
-        self._read_ahead = ReadAhead(source, memory.read_ahead_bytes) if reads_ahead else None
+        self._read_ahead = ReadAhead(source, memory.read_ahead_bytes, trace) if reads_ahead else None
         self._spools: list[Spool] = []
         # Until glibc has seen a large block freed, it returns what each operation frees to the kernel, which hands it out again page
         # by page: two thirds of the system time of FP8. See mallopt(3), M_MMAP_THRESHOLD.
@@ -369,14 +376,16 @@ class _Engine:
         moved = step.output.start - step.source.start
         for start in range(extent.start, extent.end, COPY_CHUNK_BYTES):
             piece = self._read(Extent(extent.file, start, min(start + COPY_CHUNK_BYTES, extent.end)), reader)
-            output.write(start + moved, piece)
+            with self._trace.span("write"):
+                output.write(start + moved, piece)
 
     def _keep(self, extent: Extent, spool: Spool, reader: Reader) -> None:
         spool.write(extent.file, extent.start, self._read(extent, reader))
 
     def _read(self, extent: Extent, reader: Reader) -> memoryview:
         buffer: memoryview = self._buffer("copy", extent.num_bytes).numpy().data
-        reader.read(extent.file, extent.start, buffer)
+        with self._trace.span("read"):
+            reader.read(extent.file, extent.start, buffer)
         return buffer
 
     def _scan(self, step: Encode, member: Member, start: int, end: int, reader: Reader) -> float:
@@ -392,18 +401,18 @@ class _Engine:
         scheme = step.scheme
         for row, weight_NK in self._blocks(member, start, end, scheme, reader):
             finite_NK, bounds_BRC = self._observe(weight_NK, member, scheme)
-            _store(member, output, row, scheme.encode(finite_NK, bounds_BRC, shared=shared, kernels=self._kernels), scheme)
+            self._encode_block(member, output, row, scheme, finite_NK, bounds_BRC, shared)
         if start == 0:
-            _store_once(member, scheme, output, shared)
+            self._store_once(member, scheme, output, shared)
 
     def _repack(self, step: Encode, member: Member, start: int, end: int, output: StepWriter, reader: Reader) -> None:
         """Store the codes and scales that the source has."""
         weight, scheme = member.weight, step.scheme
         stored: dict[str, Tensor] = {}
         for row, stored in self._stored_blocks(weight, start, end, scheme, reader, self._buffer):
-            _store(member, output, row, weight.repack(stored, scheme), scheme)
+            self._store(member, output, row, weight.repack(stored, scheme), scheme)
         if start == 0:
-            _store_once(member, scheme, output, weight.format.shared(stored) if scheme.shares_amax else None)
+            self._store_once(member, scheme, output, weight.format.shared(stored) if scheme.shares_amax else None)
 
     def _shares_already(self, step: Encode, reader: Reader) -> bool:
         """Whether the members of a step share in the source what their scheme wants them to share."""
@@ -435,9 +444,9 @@ class _Engine:
                 kept.append((member, row, finite_NK, bounds_BRC))
         shared = self._share(step, [max(_largest(bounds_BRC) for *_, bounds_BRC in kept)])
         for member, row, weight_NK, bounds_BRC in kept:
-            _store(member, output, row, scheme.encode(weight_NK, bounds_BRC, shared=shared, kernels=self._kernels), scheme)
+            self._encode_block(member, output, row, scheme, weight_NK, bounds_BRC, shared)
         for member in step.members:
-            _store_once(member, scheme, output, shared)
+            self._store_once(member, scheme, output, shared)
 
     def _blocks(
         self, member: Member, start: int, end: int, scheme: Scheme, reader: Reader, allocate: Allocate | None = None
@@ -448,7 +457,9 @@ class _Engine:
         """
         weight = member.weight
         for row, stored in self._stored_blocks(weight, start, end, scheme, reader, allocate or self._buffer):
-            yield row, weight.decode({role: tensor.to(self._device) for role, tensor in stored.items()})
+            with self._trace.span("decode"):
+                weight_NK = weight.decode({role: tensor.to(self._device) for role, tensor in stored.items()})
+            yield row, weight_NK
 
     def _stored_blocks(
         self, weight: Weight, start: int, end: int, scheme: Scheme, reader: Reader, allocate: Allocate
@@ -461,7 +472,8 @@ class _Engine:
             read_elements = self._memory.read_bytes * weight.num_elements // max(weight.num_bytes, 1)
         for read in row_blocks(end - start, num_columns, row_multiple=multiple, max_elements=read_elements):
             first, last = start + read[0], start + read[1]
-            stored = weight.read(reader, first, last, allocate)
+            with self._trace.span("read"):
+                stored = weight.read(reader, first, last, allocate)
             if weight.is_plain:
                 yield first, stored
                 continue
@@ -478,7 +490,8 @@ class _Engine:
 
     def _observe(self, weight_NK: Tensor, member: Member, scheme: Scheme) -> tuple[Tensor, Tensor]:
         """The weight, with zeros in place of what is not finite, and its bounds. Raises CheckpointError unless that is allowed."""
-        bounds_BRC = scheme.observe(weight_NK, kernels=self._kernels)
+        with self._trace.span("observe"):
+            bounds_BRC = scheme.observe(weight_NK, kernels=self._kernels)
         if math.isfinite(_largest(bounds_BRC)):
             return weight_NK, bounds_BRC
         name = member.weight.name
@@ -487,6 +500,31 @@ class _Engine:
         self._recorder.nonfinite.add(name)
         finite_NK = weight_NK.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         return finite_NK, scheme.observe(finite_NK, kernels=self._kernels)
+
+    def _encode_block(
+        self,
+        member: Member,
+        output: StepWriter,
+        row: int,
+        scheme: Scheme,
+        weight_NK: Tensor,
+        bounds_BRC: Tensor,
+        shared: Tensor | None,
+    ) -> None:
+        with self._trace.span("encode"):
+            stored = scheme.encode(weight_NK, bounds_BRC, shared=shared, kernels=self._kernels)
+        self._store(member, output, row, stored, scheme)
+
+    def _store(self, member: Member, output: StepWriter, row: int, stored: Mapping[str, Tensor], scheme: Scheme) -> None:
+        for suffix, tensor in stored.items():
+            spec = member.place(suffix)
+            line_bytes = spec.num_bytes // spec.shape[0]
+            with self._trace.span("write"):
+                output.write(spec.start + scheme.line(suffix, row) * line_bytes, _bytes(tensor))
+
+    def _store_once(self, member: Member, scheme: Scheme, output: StepWriter, shared: Tensor | None) -> None:
+        once = scheme.once(member.weight.shape, TORCH_DTYPES[member.weight.dtype], shared)
+        self._store(member, output, 0, once, scheme)
 
     def _share(self, step: Encode, amaxes: Sequence[float]) -> Tensor:
         amax = torch.tensor([max(amaxes)], dtype=torch.float32)
@@ -525,18 +563,6 @@ def _read_kept(work: Callable[[Reader], Any], spool: Spool, keeping: Sequence[_T
     for task in keeping:
         task.future.result()
     return work(spool)
-
-
-def _store(member: Member, output: StepWriter, row: int, stored: Mapping[str, Tensor], scheme: Scheme) -> None:
-    for suffix, tensor in stored.items():
-        spec = member.place(suffix)
-        line_bytes = spec.num_bytes // spec.shape[0]
-        output.write(spec.start + scheme.line(suffix, row) * line_bytes, _bytes(tensor))
-
-
-def _store_once(member: Member, scheme: Scheme, output: StepWriter, shared: Tensor | None) -> None:
-    once = scheme.once(member.weight.shape, TORCH_DTYPES[member.weight.dtype], shared)
-    _store(member, output, 0, once, scheme)
 
 
 def _largest(bounds: Tensor) -> float:

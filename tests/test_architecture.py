@@ -16,7 +16,7 @@ from streamquant.cli import cli
 ROOT = Path(streamquant.__file__).parent
 ORDER = (
     "__main__", "cli", "progress", "report", "__init__", "convert", "verify", "inspect", "output", "stream", "read_ahead", "memory",
-    "container", "kernels", "engines", "plan", "decide", "inputs", "quantization_config", "recipe", "names", "stored", "schemes",
+    "container", "kernels", "trace", "engines", "plan", "decide", "inputs", "quantization_config", "recipe", "names", "stored", "schemes",
     "checkpoint", "sizes", "version", "errors",
 )  # fmt: skip
 NOT_ARGUMENTS = {"dry_run", "report_file", "log_json", "quiet", "help"}
