@@ -13,6 +13,7 @@ from torch import Tensor
 
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.schemes import SCHEMES, Scheme, find_scheme, scheme_from_config
+from streamquant.stored import DTYPE_NAMES, stored_tensors
 from tests import oracles
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -96,12 +97,15 @@ def test_scales_are_positive_and_finite(scheme: Scheme, dtype: torch.dtype) -> N
 
 @each_dtype
 @each_scheme
-def test_shapes_follow_from_the_header_alone(scheme: Scheme, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_shapes_follow_from_the_header_alone(scheme: Scheme, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "meta":
+        monkeypatch.setattr("streamquant.stored.MAX_SAMPLE_ELEMENTS", 0)
     for shape in shapes_of(scheme):
-        planned = scheme.encode_whole(torch.empty(shape, dtype=dtype, device="meta"))
+        planned = stored_tensors.__wrapped__(scheme, shape, DTYPE_NAMES[dtype])
         stored = scheme.encode_whole(torch.ones(shape, dtype=dtype))
-        assert {suffix: (tensor.dtype, tensor.shape) for suffix, tensor in planned.items()} == {
-            suffix: (tensor.dtype, tensor.shape) for suffix, tensor in stored.items()
+        assert {suffix: (dtype_, shape_) for suffix, dtype_, shape_ in planned} == {
+            suffix: (DTYPE_NAMES[tensor.dtype], tensor.shape) for suffix, tensor in stored.items()
         }
 
 
