@@ -1,5 +1,7 @@
 """The use cases: convert a checkpoint, and plan that without doing it."""
 
+from __future__ import annotations
+
 import logging
 import os
 import shutil
@@ -9,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from streamquant.checkpoint.checkpoint import read_checkpoint, require_unchanged
 from streamquant.checkpoint.journal import WORK_FOLDER, Journal
 from streamquant.checkpoint.layout import MISTRAL_CONFIG_NAME
@@ -19,6 +19,7 @@ from streamquant.checkpoint.open_source import open_source
 from streamquant.checkpoint.source import Source
 from streamquant.errors import RequestError, VerificationError
 from streamquant.inputs import find_weights
+from streamquant.lazy import torch
 from streamquant.memory import Memory, available_cpus, budget_memory, container_for
 from streamquant.output import files_of, finish, is_done, is_finished, job_of, require_space
 from streamquant.plan import Copy, Encode, Plan, make_plan

@@ -3,16 +3,16 @@
 Streams: a block of rows at a time. The safetensors library, which shares no code with ours, reads every header as well.
 """
 
+from __future__ import annotations
+
 import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from streamquant.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from streamquant.checkpoint.header import TensorSpec, parse_object
@@ -22,12 +22,16 @@ from streamquant.checkpoint.open_source import open_source
 from streamquant.checkpoint.source import Reader
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.inputs import Inventory, Stack, Weight, find_weights, no_scheme, read_tensor
+from streamquant.lazy import torch
 from streamquant.memory import BLOCK_ELEMENTS, COPY_BYTES, row_blocks
 from streamquant.names import ModelFacts, fused_groups, role_of
 from streamquant.quantization_config import quantized_modules
 from streamquant.read_ahead import Windows
 from streamquant.schemes import Scheme
 from streamquant.stored import DENSE_DTYPES, stored_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCALE_BYTES = 1 << 20  # checked at a time: FP8 scales in float32, with what `isfinite` takes, are ten times as large
 SCALE_SUFFIXES = {"weight_scale", "weight_scale_inv", "weight_global_scale"}

@@ -297,10 +297,10 @@ def plan_only(out: Path) -> list[object]:
 def test_a_real_limit_too_small_is_refused_and_the_one_that_is_named_works(
     group: Group, tmp_path: Path, command: Callable[[Path], list[object]]
 ) -> None:
-    group.limit(300 * MEGABYTE)
+    group.limit(220 * MEGABYTE)
     refused = group.run(*command(tmp_path / "out"))
     assert (refused.returncode, refused.stdout) == (2, ""), refused
-    assert refused.stderr.startswith("error: the container's memory limit of 300MiB is too small for ")
+    assert refused.stderr.startswith("error: the container's memory limit of 220MiB is too small for ")
     assert refused.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
     group.limit(said_sizes(refused.stderr, "a limit of"))

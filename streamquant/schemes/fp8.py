@@ -12,17 +12,20 @@ weight ~ code * scale, scale = amax / 448.
 Legend: scheme.py.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from streamquant.errors import RequestError
+from streamquant.lazy import torch
 from streamquant.schemes.mx import MxFp4
 from streamquant.schemes.rounding import FP8_MAX, divide, round_to_e4m3
 from streamquant.schemes.scheme import Scales, Scheme, require_scale_dtype, round_scale
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK = 128
 

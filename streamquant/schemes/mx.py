@@ -8,14 +8,14 @@ Source: OCP Microscaling Formats 1.0; the choice of the exponent: rounding.e8m0_
 Legend: scheme.py.
 """
 
+from __future__ import annotations
+
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from streamquant.lazy import torch
 from streamquant.schemes.packing import pack_nibbles, unpack_nibbles
 from streamquant.schemes.rounding import (
     e2m1_nibble,
@@ -26,6 +26,9 @@ from streamquant.schemes.rounding import (
     round_to_e4m3,
 )
 from streamquant.schemes.scheme import Scales, Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GROUP = 32
 EXPONENT_BIAS = 127

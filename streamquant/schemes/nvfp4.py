@@ -11,17 +11,20 @@ Source: compressed-tensors, `quantization/utils/helpers.py` (`generate_gparam`, 
 Legend: scheme.py.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from streamquant.lazy import torch
 from streamquant.schemes.mx import MxFp4
 from streamquant.schemes.packing import pack_nibbles, unpack_nibbles
 from streamquant.schemes.rounding import FP4_MAX, FP8_MAX, divide, e2m1_nibble, e2m1_value, floor_power_of_two, round_to_e2m1, round_to_e4m3
 from streamquant.schemes.scheme import Scales, Scheme, round_scale
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GROUP = 16
 SMALLEST_SCALE = 0.125  # of a group of zeros: the epsilon of float8_e4m3fn

@@ -10,14 +10,16 @@ the candidates, so that a search is never worse than minmax under its own norm.
 Legend: R rows of units, C units in a row, a rows and b columns of a unit, B bounds (see scheme.py).
 """
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
-
+from streamquant.lazy import torch
 from streamquant.schemes.rounding import power_2_4, power_of_two_multiple, tree_sum
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from streamquant.schemes.scheme import Scheme
 
 
@@ -37,7 +39,7 @@ OBSERVERS: dict[str, SearchGrid | None] = {
 }
 
 
-def observe_units(scheme: "Scheme", weight_RaCb: Tensor) -> Tensor:
+def observe_units(scheme: Scheme, weight_RaCb: Tensor) -> Tensor:
     """Bounds of each unit, float32 [B, R, C], by the scheme's observer. Not finite where a weight is not."""
     extremes_BRC = _extremes(weight_RaCb, symmetric=scheme.symmetric)
     if scheme.observer == "power_of_two":
@@ -54,7 +56,7 @@ def _extremes(weight_RaCb: Tensor, *, symmetric: bool) -> Tensor:
     return torch.stack([low_RC, high_RC])
 
 
-def _search(scheme: "Scheme", weight_RaCb: Tensor, extremes_BRC: Tensor, grid: SearchGrid) -> Tensor:
+def _search(scheme: Scheme, weight_RaCb: Tensor, extremes_BRC: Tensor, grid: SearchGrid) -> Tensor:
     dtype = weight_RaCb.dtype
     weight_RaCb = weight_RaCb.float()
     best_BRC = extremes_BRC
@@ -71,7 +73,7 @@ def _search(scheme: "Scheme", weight_RaCb: Tensor, extremes_BRC: Tensor, grid: S
     return best_BRC
 
 
-def _error(scheme: "Scheme", weight_RaCb: Tensor, bounds_BRC: Tensor, dtype: torch.dtype, unit_scale_RC: Tensor) -> Tensor:
+def _error(scheme: Scheme, weight_RaCb: Tensor, bounds_BRC: Tensor, dtype: torch.dtype, unit_scale_RC: Tensor) -> Tensor:
     """The sum of |dequantized - weight| ** 2.4 of each unit, in units of `unit_scale_RC` so that nothing underflows."""
     scales = scheme.search_scales(bounds_BRC, dtype)
     quotient_RaCb = scheme.quotient(weight_RaCb, scales)

@@ -8,17 +8,19 @@ Legend: N out_features, K in_features, R rows of units, C units in a row of unit
 B bounds: 1 (the largest magnitude, symmetric schemes) or 2 (minimum and maximum, asymmetric ones).
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from streamquant.errors import RequestError
+from streamquant.lazy import F, torch
 from streamquant.schemes.observers import observe_units
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Scales(NamedTuple):
@@ -103,7 +105,7 @@ class Scheme(ABC):
         """Fields that a user may set, besides `observer`."""
         return frozenset()
 
-    def for_expert(self) -> "Scheme":
+    def for_expert(self) -> Scheme:
         """The scheme for the weight of an expert, where engines read experts in another format."""
         return self
 
@@ -112,7 +114,7 @@ class Scheme(ABC):
         """The magnitude that the scale of a unit maps its largest weight to, where scales can be powers of two."""
         raise RequestError(f"observer {self.observer} is made for floating point codes with floating point scales, not for {self.preset}")
 
-    def exact_for(self, source: "Scheme | None") -> "Scheme":
+    def exact_for(self, source: Scheme | None) -> Scheme:
         """The scheme for weights that `source` stored: with settings under which it changes no value, where there are such."""
         del source
         return self
