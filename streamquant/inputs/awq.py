@@ -20,7 +20,7 @@ from streamquant.inputs.weight import Hints, InputFormat, Weight
 from streamquant.lazy import torch
 from streamquant.schemes import Scheme
 from streamquant.schemes.integer import PackedInt
-from streamquant.schemes.scheme import Scales, dequantize
+from streamquant.schemes.units import Scales, dequantize
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,7 +18,7 @@ from streamquant.lazy import torch
 from streamquant.schemes import SCHEMES, Scheme
 from streamquant.schemes.integer import ByteInt, PackedInt
 from streamquant.schemes.packing import WORD_BITS
-from streamquant.schemes.scheme import dequantize
+from streamquant.schemes.units import dequantize
 from streamquant.stored import DENSE_DTYPES, stored_tensors
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from streamquant.errors import CheckpointError
 from streamquant.inputs.weight import Hints, InputFormat, Weight, scale_value
 from streamquant.schemes import Scheme
 from streamquant.schemes.fp8 import BLOCK, Fp8
-from streamquant.schemes.scheme import Scales, dequantize
+from streamquant.schemes.units import Scales, dequantize
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -23,7 +23,7 @@ from streamquant.lazy import torch
 from streamquant.schemes import Scheme
 from streamquant.schemes.integer import PackedInt
 from streamquant.schemes.packing import WORD_BITS, unpack_int32
-from streamquant.schemes.scheme import Scales, dequantize
+from streamquant.schemes.units import Scales, dequantize
 from streamquant.stored import DENSE_DTYPES
 
 if TYPE_CHECKING:

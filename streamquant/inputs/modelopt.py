@@ -20,7 +20,7 @@ from streamquant.schemes import SCHEMES, Scheme
 from streamquant.schemes.nvfp4 import GROUP
 from streamquant.schemes.packing import unpack_nibbles
 from streamquant.schemes.rounding import e2m1_value
-from streamquant.schemes.scheme import dequantize
+from streamquant.schemes.units import dequantize
 
 if TYPE_CHECKING:
     from torch import Tensor

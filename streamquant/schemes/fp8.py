@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from streamquant.errors import RequestError
 from streamquant.lazy import torch
+from streamquant.schemes.codes import Codes, E4m3
 from streamquant.schemes.mx import MxFp4
-from streamquant.schemes.rounding import FP8_MAX, divide, round_to_e4m3
-from streamquant.schemes.scheme import Scales, Scheme, require_scale_dtype, round_scale
+from streamquant.schemes.rounding import FP8_MAX, divide
+from streamquant.schemes.scheme import Scheme, require_scale_dtype, round_scale
+from streamquant.schemes.units import Scales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,20 +97,17 @@ class Fp8(Scheme):
         stored_RC = self._stored_scale(bounds_BRC[0], dtype) if shared is None else shared.view(1, 1)
         return Scales(stored_RC, stored_RC.float())
 
-    def round(self, quotient: Tensor) -> Tensor:
-        return round_to_e4m3(quotient)
+    @property
+    def codes(self) -> Codes:
+        return E4m3()
 
-    def code_value(self, code: Tensor) -> Tensor:
-        return code.float()
-
-    def pack(self, code_NK: Tensor, scales: Scales) -> dict[str, Tensor]:
-        return {"weight": code_NK} if self.shares_amax else {"weight": code_NK, "weight_scale": scales.stored_RC}
+    def stored(self, packed: Tensor, scales: Scales) -> dict[str, Tensor]:
+        return {"weight": packed} if self.shares_amax else {"weight": packed, "weight_scale": scales.stored_RC}
 
     def unpack(self, stored: Mapping[str, Tensor], num_columns: int) -> tuple[Tensor, Scales]:
-        del num_columns
         scale = stored["weight_scale"]
         scale_RC = scale.view(1, 1) if self.shares_amax else scale
-        return stored["weight"].float(), Scales(scale_RC, scale_RC.float())
+        return self.codes.unpack(stored["weight"], num_columns), Scales(scale_RC, scale_RC.float())
 
     def problem(self, shape: tuple[int, int], *, fused: bool, last: bool) -> str | None:
         if self.strategy != "block":
@@ -142,8 +141,8 @@ class NativeFp8(Fp8):
     def format(self) -> str:
         return "fp8"
 
-    def pack(self, code_NK: Tensor, scales: Scales) -> dict[str, Tensor]:
-        return {"weight": code_NK, "weight_scale_inv": scales.stored_RC}
+    def stored(self, packed: Tensor, scales: Scales) -> dict[str, Tensor]:
+        return {"weight": packed, "weight_scale_inv": scales.stored_RC}
 
     def unpack(self, stored: Mapping[str, Tensor], num_columns: int) -> tuple[Tensor, Scales]:
         return super().unpack({"weight": stored["weight"], "weight_scale": stored["weight_scale_inv"]}, num_columns)

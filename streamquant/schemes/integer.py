@@ -18,15 +18,18 @@ Legend: scheme.py.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from streamquant.errors import RequestError
 from streamquant.lazy import torch
+from streamquant.schemes.codes import ByteIntegers, PackedIntegers
 from streamquant.schemes.packing import WORD_BITS, pack_int32, unpack_int32
 from streamquant.schemes.rounding import divide
-from streamquant.schemes.scheme import Scales, Scheme, require_scale_dtype, round_scale
+from streamquant.schemes.scheme import Scheme, require_scale_dtype, round_scale
+from streamquant.schemes.units import Scales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,20 +55,11 @@ class _Integer(Scheme):
         return {"num_bits": self.num_bits, "type": "int", "strategy": self.strategy, **group, "symmetric": self.symmetric, "dynamic": False}
 
     @property
-    def code_min(self) -> float:
-        """The smallest code."""
-        return -float(1 << (self.num_bits - 1))
-
-    @property
-    def code_max(self) -> float:
-        """The largest code."""
-        return float((1 << (self.num_bits - 1)) - 1)
+    @abstractmethod
+    def codes(self) -> ByteIntegers | PackedIntegers: ...
 
     def unit(self, num_columns: int) -> tuple[int, int]:
         return 1, self.group_size if self.strategy == "group" else num_columns
-
-    def round(self, quotient: Tensor) -> Tensor:
-        return quotient.round_().clamp_(self.code_min, self.code_max)
 
     def problem(self, shape: tuple[int, int], *, fused: bool, last: bool) -> str | None:
         del fused, last
@@ -77,7 +71,7 @@ class _Integer(Scheme):
         return f"{problem} ({fitting} would fit)" if "group_size" in self.settings else problem
 
     def _symmetric_scale(self, bounds_BRC: Tensor, dtype: torch.dtype) -> Tensor:
-        return round_scale(divide(bounds_BRC[0], (self.code_max - self.code_min) / 2), dtype)
+        return round_scale(divide(bounds_BRC[0], (self.codes.largest - self.codes.smallest) / 2), dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +99,16 @@ class ByteInt(_Integer):
         stored_RC = self._symmetric_scale(bounds_BRC, torch.float32 if self.scale_dtype == "float32" else dtype)
         return Scales(stored_RC, stored_RC.float())
 
-    def pack(self, code_NK: Tensor, scales: Scales) -> dict[str, Tensor]:
-        return {"weight": code_NK.to(torch.int8), "weight_scale": scales.stored_RC}
+    @property
+    def codes(self) -> ByteIntegers:
+        return ByteIntegers(self.num_bits)
+
+    def stored(self, packed: Tensor, scales: Scales) -> dict[str, Tensor]:
+        return {"weight": packed, "weight_scale": scales.stored_RC}
 
     def unpack(self, stored: Mapping[str, Tensor], num_columns: int) -> tuple[Tensor, Scales]:
-        del num_columns
-        return stored["weight"].float(), Scales(stored["weight_scale"], stored["weight_scale"].float())
+        scale_RC = stored["weight_scale"]
+        return self.codes.unpack(stored["weight"], num_columns), Scales(scale_RC, scale_RC.float())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,25 +153,30 @@ class PackedInt(_Integer):
         if self.symmetric:
             stored_RC = self._symmetric_scale(bounds_BRC, dtype)
             return Scales(stored_RC, stored_RC.float())
+        smallest, largest = self.codes.smallest, self.codes.largest
         low_RC, high_RC = bounds_BRC
         width_RC = (high_RC - low_RC).to(dtype).float()
         # A width that overflows the dtype stays in float32: the scale, a fraction of it, does fit.
-        largest = torch.finfo(torch.float32).max
-        width_RC = torch.where(width_RC.isinf(), (high_RC - low_RC).clamp(max=largest), width_RC)
-        raw_RC = divide(width_RC, self.code_max - self.code_min).to(dtype)
-        zero_RC = (self.code_min - (low_RC / raw_RC.float()).to(dtype).float()).to(dtype).float()
-        zero_RC = zero_RC.clamp(self.code_min, self.code_max).nan_to_num(nan=0.0).round()  # 0 / 0 in a unit of zeros
+        most = torch.finfo(torch.float32).max
+        width_RC = torch.where(width_RC.isinf(), (high_RC - low_RC).clamp(max=most), width_RC)
+        raw_RC = divide(width_RC, largest - smallest).to(dtype)
+        zero_RC = (smallest - (low_RC / raw_RC.float()).to(dtype).float()).to(dtype).float()
+        zero_RC = zero_RC.clamp(smallest, largest).nan_to_num(nan=0.0).round()  # 0 / 0 in a unit of zeros
         stored_RC = round_scale(raw_RC.float(), dtype)
         return Scales(stored_RC, stored_RC.float(), zero_RC)
 
-    def pack(self, code_NK: Tensor, scales: Scales) -> dict[str, Tensor]:
-        stored = {"weight_packed": pack_int32(code_NK.to(torch.int8), self.num_bits), "weight_scale": scales.stored_RC}
+    @property
+    def codes(self) -> PackedIntegers:
+        return PackedIntegers(self.num_bits)
+
+    def stored(self, packed: Tensor, scales: Scales) -> dict[str, Tensor]:
+        stored = {"weight_packed": packed, "weight_scale": scales.stored_RC}
         if scales.zero_RC is not None:
             stored["weight_zero_point"] = pack_int32(scales.zero_RC.T.to(torch.int8), self.num_bits).T
         return stored
 
     def unpack(self, stored: Mapping[str, Tensor], num_columns: int) -> tuple[Tensor, Scales]:
-        code_NK = unpack_int32(stored["weight_packed"], self.num_bits, num_columns).float()
+        code_NK = self.codes.unpack(stored["weight_packed"], num_columns)
         zero_RC = None
         if not self.symmetric:
             zero_RC = unpack_int32(stored["weight_zero_point"].T.contiguous(), self.num_bits, code_NK.shape[0]).T.float()

@@ -16,16 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from streamquant.lazy import torch
-from streamquant.schemes.packing import pack_nibbles, unpack_nibbles
-from streamquant.schemes.rounding import (
-    e2m1_nibble,
-    e2m1_value,
-    e8m0_exponent,
-    e8m0_value,
-    round_to_e2m1,
-    round_to_e4m3,
-)
-from streamquant.schemes.scheme import Scales, Scheme
+from streamquant.schemes.codes import Codes, E2m1, E4m3
+from streamquant.schemes.rounding import e8m0_exponent, e8m0_value
+from streamquant.schemes.scheme import Scheme
+from streamquant.schemes.units import Scales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,16 +71,16 @@ class MxFp4(_Mx):
     def max_exponent(self) -> int:
         return 2
 
-    def round(self, quotient: Tensor) -> Tensor:
-        return round_to_e2m1(quotient)
+    @property
+    def codes(self) -> Codes:
+        return E2m1()
 
-    def pack(self, code_NK: Tensor, scales: Scales) -> dict[str, Tensor]:
-        return {"weight_packed": pack_nibbles(e2m1_nibble(code_NK)), "weight_scale": scales.stored_RC}
+    def stored(self, packed: Tensor, scales: Scales) -> dict[str, Tensor]:
+        return {"weight_packed": packed, "weight_scale": scales.stored_RC}
 
     def unpack(self, stored: Mapping[str, Tensor], num_columns: int) -> tuple[Tensor, Scales]:
-        del num_columns
         scale_RC = e8m0_value(stored["weight_scale"].to(torch.int32))
-        return e2m1_value(unpack_nibbles(stored["weight_packed"])), Scales(stored["weight_scale"], scale_RC)
+        return self.codes.unpack(stored["weight_packed"], num_columns), Scales(stored["weight_scale"], scale_RC)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,15 +102,13 @@ class MxFp8(_Mx):
     def max_exponent(self) -> int:
         return 8
 
-    def round(self, quotient: Tensor) -> Tensor:
-        return round_to_e4m3(quotient)
+    @property
+    def codes(self) -> Codes:
+        return E4m3()
 
-    def code_value(self, code: Tensor) -> Tensor:
-        return code.float()
-
-    def pack(self, code_NK: Tensor, scales: Scales) -> dict[str, Tensor]:
-        return {"weight": code_NK, "weight_scale": scales.stored_RC}
+    def stored(self, packed: Tensor, scales: Scales) -> dict[str, Tensor]:
+        return {"weight": packed, "weight_scale": scales.stored_RC}
 
     def unpack(self, stored: Mapping[str, Tensor], num_columns: int) -> tuple[Tensor, Scales]:
-        del num_columns
-        return stored["weight"].float(), Scales(stored["weight_scale"], e8m0_value(stored["weight_scale"].to(torch.int32)))
+        scale_RC = e8m0_value(stored["weight_scale"].to(torch.int32))
+        return self.codes.unpack(stored["weight"], num_columns), Scales(stored["weight_scale"], scale_RC)

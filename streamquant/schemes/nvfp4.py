@@ -18,10 +18,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from streamquant.lazy import torch
+from streamquant.schemes.codes import Codes, E2m1
 from streamquant.schemes.mx import MxFp4
-from streamquant.schemes.packing import pack_nibbles, unpack_nibbles
-from streamquant.schemes.rounding import FP4_MAX, FP8_MAX, divide, e2m1_nibble, e2m1_value, floor_power_of_two, round_to_e2m1, round_to_e4m3
-from streamquant.schemes.scheme import Scales, Scheme, round_scale
+from streamquant.schemes.rounding import FP4_MAX, FP8_MAX, divide, floor_power_of_two, round_to_e4m3
+from streamquant.schemes.scheme import Scheme, round_scale
+from streamquant.schemes.units import Scales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,16 +90,16 @@ class NvFp4(Scheme):
         scale_RC = round_scale(divide(bounds_BRC[0], FP4_MAX), _working_dtype(dtype)).float()
         return Scales(scale_RC, scale_RC)
 
-    def round(self, quotient: Tensor) -> Tensor:
-        return round_to_e2m1(quotient)
+    @property
+    def codes(self) -> Codes:
+        return E2m1()
 
-    def pack(self, code_NK: Tensor, scales: Scales) -> dict[str, Tensor]:
-        return {"weight_packed": pack_nibbles(e2m1_nibble(code_NK)), "weight_scale": scales.stored_RC}
+    def stored(self, packed: Tensor, scales: Scales) -> dict[str, Tensor]:
+        return {"weight_packed": packed, "weight_scale": scales.stored_RC}
 
     def unpack(self, stored: Mapping[str, Tensor], num_columns: int) -> tuple[Tensor, Scales]:
-        del num_columns
         scale_RC = stored["weight_scale"].float() / stored["weight_global_scale"]
-        return e2m1_value(unpack_nibbles(stored["weight_packed"])), Scales(stored["weight_scale"], scale_RC)
+        return self.codes.unpack(stored["weight_packed"], num_columns), Scales(stored["weight_scale"], scale_RC)
 
     def problem(self, shape: tuple[int, int], *, fused: bool, last: bool) -> str | None:
         del fused, last

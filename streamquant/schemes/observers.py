@@ -15,7 +15,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from streamquant.lazy import torch
-from streamquant.schemes.rounding import power_2_4, power_of_two_multiple, tree_sum
+from streamquant.schemes.kernels import Kernels
+from streamquant.schemes.rounding import power_2_4, power_of_two_multiple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +32,7 @@ class SearchGrid(NamedTuple):
     expand: float = 1.0
 
 
+CANDIDATES_AT_ONCE = 8
 OBSERVERS: dict[str, SearchGrid | None] = {
     "minmax": None,
     "power_of_two": None,
@@ -39,44 +41,33 @@ OBSERVERS: dict[str, SearchGrid | None] = {
 }
 
 
-def observe_units(scheme: Scheme, weight_RaCb: Tensor) -> Tensor:
+def observe_units(scheme: Scheme, weight_NK: Tensor, unit: tuple[int, int], kernels: Kernels) -> Tensor:
     """Bounds of each unit, float32 [B, R, C], by the scheme's observer. Not finite where a weight is not."""
-    extremes_BRC = _extremes(weight_RaCb, symmetric=scheme.symmetric)
+    extremes_BRC = kernels.extremes(weight_NK, unit, symmetric=scheme.symmetric)
     if scheme.observer == "power_of_two":
         return power_of_two_multiple(extremes_BRC, scheme.largest_code)
     grid = OBSERVERS[scheme.observer]
-    return extremes_BRC if grid is None else _search(scheme, weight_RaCb, extremes_BRC, grid)
+    return extremes_BRC if grid is None else _search(scheme, weight_NK, unit, extremes_BRC, grid, kernels)
 
 
-def _extremes(weight_RaCb: Tensor, *, symmetric: bool) -> Tensor:
-    if symmetric:
-        return weight_RaCb.abs().amax(3).amax(1).float()[None]
-    low_RC = weight_RaCb.amin(3).amin(1).float().clamp_(max=0.0)
-    high_RC = weight_RaCb.amax(3).amax(1).float().clamp_(min=0.0)
-    return torch.stack([low_RC, high_RC])
-
-
-def _search(scheme: Scheme, weight_RaCb: Tensor, extremes_BRC: Tensor, grid: SearchGrid) -> Tensor:
-    dtype = weight_RaCb.dtype
-    weight_RaCb = weight_RaCb.float()
-    best_BRC = extremes_BRC
-    unit_scale_RC = scheme.search_scales(extremes_BRC, dtype).scale_RC
-    best_error_RC = _error(scheme, weight_RaCb, extremes_BRC, dtype, unit_scale_RC)
+def _search(scheme: Scheme, weight_NK: Tensor, unit: tuple[int, int], extremes_BRC: Tensor, grid: SearchGrid, kernels: Kernels) -> Tensor:
+    dtype = weight_NK.dtype
     widest_BRC = (extremes_BRC * grid.expand).to(dtype).float()
-    for i in range(int(grid.shrink * grid.steps)):
-        # Candidates are numbers of the weight's dtype, as the peer's are.
-        candidate_BRC = (widest_BRC * (1 - i / grid.steps)).to(dtype).float()
-        error_RC = _error(scheme, weight_RaCb, candidate_BRC, dtype, unit_scale_RC)
-        better_RC = error_RC < best_error_RC  # false where the error is NaN
-        best_BRC = torch.where(better_RC, candidate_BRC, best_BRC)
-        best_error_RC = torch.where(better_RC, error_RC, best_error_RC)
+    # Candidates are numbers of the weight's dtype, as the peer's are.
+    candidates = [extremes_BRC]
+    candidates += [(widest_BRC * (1 - i / grid.steps)).to(dtype).float() for i in range(int(grid.shrink * grid.steps))]
+    unit_scale_RC = scheme.search_scales(extremes_BRC, dtype).scale_RC
+    best_BRC, best_error_RC = extremes_BRC, None
+    for start in range(0, len(candidates), CANDIDATES_AT_ONCE):
+        batch = candidates[start : start + CANDIDATES_AT_ONCE]
+        scales = [scheme.search_scales(bounds_BRC, dtype) for bounds_BRC in batch]
+        sum_QRC = kernels.errors(scheme.codes, weight_NK, unit, scales)
+        for bounds_BRC, of, sum_RC in zip(batch, scales, sum_QRC, strict=True):
+            error_RC = sum_RC * power_2_4(of.scale_RC / unit_scale_RC)  # in units of one scale, so that nothing underflows
+            if best_error_RC is None:
+                best_error_RC = error_RC
+                continue
+            better_RC = error_RC < best_error_RC  # false where the error is NaN
+            best_BRC = torch.where(better_RC, bounds_BRC, best_BRC)
+            best_error_RC = torch.where(better_RC, error_RC, best_error_RC)
     return best_BRC
-
-
-def _error(scheme: Scheme, weight_RaCb: Tensor, bounds_BRC: Tensor, dtype: torch.dtype, unit_scale_RC: Tensor) -> Tensor:
-    """The sum of |dequantized - weight| ** 2.4 of each unit, in units of `unit_scale_RC` so that nothing underflows."""
-    scales = scheme.search_scales(bounds_BRC, dtype)
-    quotient_RaCb = scheme.quotient(weight_RaCb, scales)
-    distance_RaCb = scheme.code_value(scheme.round(quotient_RaCb.clone())).sub_(quotient_RaCb)
-    sum_RC = tree_sum(tree_sum(power_2_4(distance_RaCb)).transpose(1, 2))
-    return sum_RC * power_2_4(scales.scale_RC / unit_scale_RC)

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from streamquant.lazy import torch
-from streamquant.schemes.scheme import Scales, Scheme
+from streamquant.schemes.codes import Codes, Numbers
+from streamquant.schemes.kernels import TORCH, Kernels
+from streamquant.schemes.scheme import Scheme
+from streamquant.schemes.units import Scales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,19 +49,21 @@ class Plain(Scheme):
         one_RC = torch.ones_like(bounds_BRC[0])
         return Scales(one_RC, one_RC)
 
-    def round(self, quotient: Tensor) -> Tensor:
-        return quotient.to(self.dtype)
-
-    def encode(self, weight_NK: Tensor, bounds_BRC: Tensor | None = None, *, shared: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(
+        self, weight_NK: Tensor, bounds_BRC: Tensor | None = None, *, shared: Tensor | None = None, kernels: Kernels = TORCH
+    ) -> dict[str, Tensor]:
         """The weight in `dtype`."""
-        del bounds_BRC, shared
+        del bounds_BRC, shared, kernels
         return {"weight": weight_NK.to(self.dtype)}
 
-    def pack(self, code_NK: Tensor, scales: Scales) -> dict[str, Tensor]:
+    @property
+    def codes(self) -> Codes:
+        return Numbers(self.dtype)
+
+    def stored(self, packed: Tensor, scales: Scales) -> dict[str, Tensor]:
         del scales
-        return {"weight": code_NK}
+        return {"weight": packed}
 
     def unpack(self, stored: Mapping[str, Tensor], num_columns: int) -> tuple[Tensor, Scales]:
-        del num_columns
         one_RC = torch.ones((len(stored["weight"]), 1), device=stored["weight"].device)
-        return stored["weight"].float(), Scales(one_RC, one_RC)
+        return self.codes.unpack(stored["weight"], num_columns), Scales(one_RC, one_RC)

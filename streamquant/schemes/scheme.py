@@ -13,22 +13,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from streamquant.errors import RequestError
-from streamquant.lazy import F, torch
+from streamquant.lazy import torch
+from streamquant.schemes.codes import Codes
+from streamquant.schemes.kernels import TORCH, Kernels
 from streamquant.schemes.observers import observe_units
+from streamquant.schemes.units import Scales, dequantize
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-class Scales(NamedTuple):
-    """Scales of a block of rows: weight ~ (code - zero) * scale."""
-
-    stored_RC: Tensor  # as written to the file, in the dtype written
-    scale_RC: Tensor  # the same or what follows from it, float32
-    zero_RC: Tensor | None = None  # float32 integers; only asymmetric schemes have it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,21 +72,18 @@ class Scheme(ABC):
     def scales(self, bounds_BRC: Tensor, dtype: torch.dtype, shared: Tensor | None) -> Scales:
         """Scales for bounds (float32) of a weight of `dtype`. `shared` is the result of `share`, where the format needs it."""
 
+    @property
     @abstractmethod
-    def round(self, quotient: Tensor) -> Tensor:
-        """The nearest code of each float32 number, saturating. May overwrite its argument. The dtype is the format's choice."""
-
-    def code_value(self, code: Tensor) -> Tensor:
-        """Codes as `round` gives them -> float32 values."""
-        return code
+    def codes(self) -> Codes:
+        """The numbers that elements are rounded to."""
 
     @abstractmethod
-    def pack(self, code_NK: Tensor, scales: Scales) -> dict[str, Tensor]:
-        """The stored tensors of a block of rows, by the last part of their name."""
+    def stored(self, packed: Tensor, scales: Scales) -> dict[str, Tensor]:
+        """The stored tensors of a block of rows, by the last part of their name, from packed codes."""
 
     @abstractmethod
     def unpack(self, stored: Mapping[str, Tensor], num_columns: int) -> tuple[Tensor, Scales]:
-        """The inverse of `pack`: values of codes (float32 [N, K]) and scales."""
+        """Values of codes (float32 [N, K]) and scales of a block of rows."""
 
     @property
     def title(self) -> str:
@@ -157,11 +149,19 @@ class Scheme(ABC):
 
     # --- what all formats do ----------------------------------------------------------------------------------------
 
-    def observe(self, weight_NK: Tensor) -> Tensor:
-        """Bounds of each unit, float32 [B, R, C], as the scheme's observer chooses them. Not finite where a weight is not."""
-        return observe_units(self, self.units(weight_NK))
+    def observe(self, weight_NK: Tensor, *, kernels: Kernels = TORCH) -> Tensor:
+        """Bounds of each unit, float32 [B, R, C], as the scheme's observer chooses them. Not finite where a weight is not.
 
-    def encode(self, weight_NK: Tensor, bounds_BRC: Tensor | None = None, *, shared: Tensor | None = None) -> dict[str, Tensor]:
+        Raises RequestError if groups of columns do not divide the weight.
+        """
+        unit = self.unit(weight_NK.shape[1])
+        if unit[0] == 1 and weight_NK.shape[1] % unit[1]:
+            raise RequestError(f"{weight_NK.shape[1]} columns are no multiple of {unit[1]}, which {self.preset} needs")
+        return observe_units(self, weight_NK, unit, kernels)
+
+    def encode(
+        self, weight_NK: Tensor, bounds_BRC: Tensor | None = None, *, shared: Tensor | None = None, kernels: Kernels = TORCH
+    ) -> dict[str, Tensor]:
         """Quantize a block of rows.
 
         `weight_NK`: bfloat16, float16 or float32, finite; may be on the meta device. `bounds_BRC`: from `observe`, which is
@@ -169,10 +169,9 @@ class Scheme(ABC):
         Returns the stored tensors that go by rows, by the last part of their name ("weight_packed", "weight_scale", ...).
         """
         if bounds_BRC is None:
-            bounds_BRC = self.observe(weight_NK)
+            bounds_BRC = self.observe(weight_NK, kernels=kernels)
         scales = self.scales(bounds_BRC, weight_NK.dtype, shared)
-        code_RaCb = self.round_units(self.units(weight_NK).float(), scales)
-        return self.pack(join_units(code_RaCb, weight_NK.shape), scales)
+        return self.stored(kernels.codes(self.codes, weight_NK, self.unit(weight_NK.shape[1]), scales), scales)
 
     def encode_whole(self, weight_NK: Tensor) -> dict[str, Tensor]:
         """Quantize a weight that stands alone: every stored tensor, by the last part of its name."""
@@ -187,48 +186,9 @@ class Scheme(ABC):
         code_NK, scales = self.unpack(stored, num_columns)
         return dequantize(code_NK, scales.scale_RC, zero_RC=scales.zero_RC, unit=self.unit(num_columns))
 
-    def units(self, weight_NK: Tensor) -> Tensor:
-        """The weight as [R, a, C, b]: a view, but where blocks at the edge are filled up with zeros.
-
-        Raises RequestError if groups of columns do not divide it.
-        """
-        unit = self.unit(weight_NK.shape[1])
-        if unit[0] == 1 and weight_NK.shape[1] % unit[1]:
-            raise RequestError(f"{weight_NK.shape[1]} columns are no multiple of {unit[1]}, which {self.preset} needs")
-        return cut_units(weight_NK, unit)
-
-    def round_units(self, weight_RaCb: Tensor, scales: Scales) -> Tensor:
-        """The code of each element. The quotient stays in float32 and is rounded once."""
-        return self.round(self.quotient(weight_RaCb, scales))
-
-    @staticmethod
-    def quotient(weight_RaCb: Tensor, scales: Scales) -> Tensor:
-        """The float32 number that is rounded to a code: weight / scale + zero."""
-        quotient_RaCb = weight_RaCb / scales.scale_RC[:, None, :, None]
-        if scales.zero_RC is not None:
-            quotient_RaCb.add_(scales.zero_RC[:, None, :, None])
-        return quotient_RaCb
-
-
-def cut_units(weight_NK: Tensor, unit: tuple[int, int]) -> Tensor:
-    """A weight as [R, a, C, b], units of `unit` rows and columns: a view, but where units at the edge are filled up with zeros."""
-    missing = (0, -weight_NK.shape[1] % unit[1], 0, -weight_NK.shape[0] % unit[0])
-    if any(missing):
-        weight_NK = F.pad(weight_NK, missing)
-    return weight_NK.view(-1, unit[0], weight_NK.shape[1] // unit[1], unit[1])
-
-
-def join_units(weight_RaCb: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `cut_units`, for a weight of this shape."""
-    return weight_RaCb.flatten(2).flatten(0, 1)[: shape[0], : shape[1]]
-
-
-def dequantize(code_NK: Tensor, scale_RC: Tensor, *, unit: tuple[int, int], zero_RC: Tensor | None = None) -> Tensor:
-    """(code - zero) * scale in float32, for values of codes (float32) and the scales of their units; rounded no further."""
-    code_RaCb = cut_units(code_NK, unit)
-    if zero_RC is not None:
-        code_RaCb = code_RaCb - zero_RC[:, None, :, None]
-    return join_units(code_RaCb * scale_RC[:, None, :, None], code_NK.shape)
+    def pack(self, code_NK: Tensor, scales: Scales) -> dict[str, Tensor]:
+        """The stored tensors of a block of rows, by the last part of their name, from codes as `codes.round` gives them."""
+        return self.stored(self.codes.pack(code_NK), scales)
 
 
 def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:

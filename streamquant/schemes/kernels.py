@@ -1,0 +1,71 @@
+"""The operations on all elements of a weight, which is where the time goes, and their reference in torch.
+
+Whoever offers them faster, for a processor or a GPU, must give the same bits: `streamquant/kernels`.
+Legend: scheme.py; Q candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from streamquant.lazy import torch
+from streamquant.schemes.codes import Codes
+from streamquant.schemes.rounding import power_2_4, tree_sum
+from streamquant.schemes.units import Scales, cut_units, join_units, quotient
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Kernels(Protocol):
+    """What costs time for every element of a weight. `weight_NK` is bfloat16, float16 or float32; `unit` is (a, b)."""
+
+    @property
+    def name(self) -> str:
+        """What users call them."""
+
+    def extremes(self, weight_NK: Tensor, unit: tuple[int, int], *, symmetric: bool) -> Tensor:
+        """Of each unit the largest magnitude, or the minimum and the maximum with zero among them: float32 [B, R, C].
+
+        Not finite where a weight is not.
+        """
+
+    def codes(self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], scales: Scales) -> Tensor:
+        """weight / scale + zero in float32, rounded once to a code and packed. Finite weights."""
+
+    def errors(self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], candidates: Sequence[Scales]) -> Tensor:
+        """For each of the candidates the sum over each unit of |code - quotient| ** 2.4, float32 [Q, R, C].
+
+        `rounding.power_2_4`, added by `rounding.tree_sum` over b, then over a.
+        """
+
+
+class TorchKernels:
+    """The reference, on every device that torch has."""
+
+    name = "torch"
+
+    def extremes(self, weight_NK: Tensor, unit: tuple[int, int], *, symmetric: bool) -> Tensor:
+        weight_RaCb = cut_units(weight_NK, unit)
+        if symmetric:
+            return weight_RaCb.abs().amax(3).amax(1).float()[None]
+        low_RC = weight_RaCb.amin(3).amin(1).float().clamp_(max=0.0)
+        high_RC = weight_RaCb.amax(3).amax(1).float().clamp_(min=0.0)
+        return torch.stack([low_RC, high_RC])
+
+    def codes(self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], scales: Scales) -> Tensor:
+        code_RaCb = codes.round(quotient(cut_units(weight_NK, unit).float(), scales))
+        return codes.pack(join_units(code_RaCb, weight_NK.shape))
+
+    def errors(self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], candidates: Sequence[Scales]) -> Tensor:
+        weight_RaCb = cut_units(weight_NK, unit).float()
+        sums = []
+        for scales in candidates:
+            quotient_RaCb = quotient(weight_RaCb, scales)
+            distance_RaCb = codes.value(codes.round(quotient_RaCb.clone())).sub_(quotient_RaCb)
+            sums.append(tree_sum(tree_sum(power_2_4(distance_RaCb)).transpose(1, 2)))
+        return torch.stack(sums)
+
+
+TORCH = TorchKernels()
