@@ -12,7 +12,7 @@ ENV PATH=/opt/streamquant/bin:$PATH
 
 COPY constraints.txt pyproject.toml README.md LICENSE /src/
 COPY streamquant /src/streamquant
-RUN pip install --no-cache-dir -c /src/constraints.txt --extra-index-url ${TORCH_INDEX} /src
+RUN pip install --no-cache-dir -c /src/constraints.txt --extra-index-url ${TORCH_INDEX} '/src[fast]'
 
 # A number, by which Kubernetes sees that it is not root. A new volume of Docker takes over the owner of /data; any other user works as well.
 RUN useradd --uid 10001 --create-home streamquant \

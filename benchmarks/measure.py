@@ -1,16 +1,23 @@
-"""Runs a command and watches its memory, that of its children included (Linux)."""
+"""Runs a command and watches its memory, that of its children included (Linux); and what the figures of several runs are."""
 
+import os
 import resource
+import shutil
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 SAMPLE_SECONDS = 0.02
 END_BYTES = 2000
 MEGABYTE = 1e6
+GIGABYTE = 1e9
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +76,68 @@ def measure_ok(command: Sequence[str], *, log: Path, environment: Mapping[str, s
 def streamquant_command(*arguments: str) -> list[str]:
     """The program under test, run by this interpreter."""
     return [sys.executable, "-m", "streamquant", *arguments]
+
+
+def convert_on_cpu(source: Path, scheme: str, *options: str) -> Measurement:
+    """Convert `source` into a folder beside it, which is removed again."""
+    out = source.parent / "out"
+    command = streamquant_command("convert", str(source), str(out), "--scheme", scheme, "--device", "cpu", "--quiet", *options)
+    try:
+        return measure_ok(command, log=source.parent / "log")
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def alternate(cases: Mapping[str, tuple[Callable[[], T], int]]) -> dict[str, list[T]]:
+    """Run each case as many times as it says, in turns, so that whatever else the machine does falls on all of them."""
+    results: dict[str, list[T]] = {name: [] for name in cases}
+    for turn in range(max(repeats for _, repeats in cases.values())):
+        for name, (run, repeats) in cases.items():
+            if turn < repeats:
+                os.sync()  # what was written before is not to be flushed now
+                results[name].append(run())
+    return results
+
+
+def median_seconds(runs: Sequence[Measurement]) -> float:
+    """The median wall time."""
+    return statistics.median(run.seconds for run in runs)
+
+
+def median_cpu_seconds(runs: Sequence[Measurement]) -> float:
+    """The median CPU time."""
+    return statistics.median(run.cpu_seconds for run in runs)
+
+
+def largest_anonymous(runs: Sequence[Measurement]) -> float:
+    """The largest peak of anonymous memory, in MB."""
+    return max(run.peak_anonymous for run in runs) / MEGABYTE
+
+
+def largest_rss(runs: Sequence[Measurement]) -> float:
+    """The largest peak of resident memory, in MB."""
+    return max(run.peak_rss for run in runs) / MEGABYTE
+
+
+def shards(checkpoint: Path) -> list[Path]:
+    """The safetensors files of a folder."""
+    return sorted(checkpoint.glob("*.safetensors"))
+
+
+def shard_bytes(checkpoint: Path) -> int:
+    """Bytes of the safetensors files of a folder."""
+    return sum(path.stat().st_size for path in shards(checkpoint))
+
+
+def print_row(*cells: str) -> None:
+    """A row of a markdown table, at once."""
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def print_header(*cells: str) -> None:
+    """The first two lines of a markdown table."""
+    print_row(*cells)
+    print("|" + "---|" * len(cells), flush=True)
 
 
 def _children_cpu_seconds() -> float:

@@ -2,7 +2,7 @@
 
     python benchmarks/synthetic.py OUT --gigabytes 2.7 --shard-gigabytes 1
 
-Names and shapes are those of Llama (or, for plans only, of a large mixture of experts); weights are bfloat16, N(0, 0.02). A sparse
+Names and shapes are those of Llama, or of mixtures of experts for the other scripts; weights are bfloat16, N(0, 0.02). A sparse
 checkpoint has headers and holes: it reads as zeros and takes no room on the disk.
 """
 
@@ -80,12 +80,9 @@ def mixture(num_layers: int, num_experts: int, *, hidden: int = 4096, intermedia
     for layer in range(num_layers):
         prefix = f"model.layers.{layer}"
         experts = [f"{prefix}.mlp.experts.{expert}" for expert in range(num_experts)]
-        for expert in [*experts, f"{prefix}.mlp.shared_experts"]:
-            tensors += [Tensor(f"{expert}.{role}_proj.weight", (intermediate, hidden)) for role in ("gate", "up")]
-            tensors.append(Tensor(f"{expert}.down_proj.weight", (hidden, intermediate)))
+        tensors += [tensor for expert in [*experts, f"{prefix}.mlp.shared_experts"] for tensor in _mlp(expert, hidden, intermediate)]
         tensors.append(Tensor(f"{prefix}.mlp.gate.weight", (num_experts, hidden)))
-        for role, rows in (("q", hidden), ("k", hidden // 4), ("v", hidden // 4), ("o", hidden)):
-            tensors.append(Tensor(f"{prefix}.self_attn.{role}_proj.weight", (rows, hidden)))
+        tensors += _attention(f"{prefix}.self_attn", hidden)
         tensors += [Tensor(f"{prefix}.{norm}_layernorm.weight", (hidden,)) for norm in ("input", "post_attention")]
     tensors += [Tensor("model.norm.weight", (hidden,)), Tensor("lm_head.weight", (VOCABULARY, hidden))]
     config = {
@@ -97,6 +94,51 @@ def mixture(num_layers: int, num_experts: int, *, hidden: int = 4096, intermedia
         "n_routed_experts": num_experts,
     }
     return tensors, config
+
+
+def qwen3_moe(
+    num_bytes: int, *, num_experts: int = 128, hidden: int = 2048, intermediate: int = 256
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Tensors and config of a Qwen3-MoE with as many layers as their experts come nearest to `num_bytes`; their weights have 1 MiB each."""
+    expert_bytes = sum(tensor.num_bytes for tensor in _mlp("", hidden, intermediate))
+    num_layers = max(round(num_bytes / num_experts / expert_bytes), 1)
+    tensors = [Tensor("model.embed_tokens.weight", (VOCABULARY, hidden))]
+    for layer in range(num_layers):
+        prefix = f"model.layers.{layer}"
+        for expert in range(num_experts):
+            tensors += _mlp(f"{prefix}.mlp.experts.{expert}", hidden, intermediate)
+        tensors.append(Tensor(f"{prefix}.mlp.gate.weight", (num_experts, hidden)))
+        tensors += _attention(f"{prefix}.self_attn", hidden)
+        tensors += [Tensor(f"{prefix}.self_attn.{role}_norm.weight", (128,)) for role in ("q", "k")]
+        tensors += [Tensor(f"{prefix}.{norm}_layernorm.weight", (hidden,)) for norm in ("input", "post_attention")]
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "dtype": "bfloat16",
+        "hidden_size": hidden,
+        "moe_intermediate_size": intermediate,
+        "num_hidden_layers": num_layers,
+        "num_experts": num_experts,
+        "num_attention_heads": hidden // 128,
+        "num_key_value_heads": hidden // 512,
+        "head_dim": 128,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": True,
+    }
+    return [*tensors, Tensor("model.norm.weight", (hidden,))], config
+
+
+def _mlp(prefix: str, hidden: int, intermediate: int) -> list[Tensor]:
+    return [
+        Tensor(f"{prefix}.gate_proj.weight", (intermediate, hidden)),
+        Tensor(f"{prefix}.up_proj.weight", (intermediate, hidden)),
+        Tensor(f"{prefix}.down_proj.weight", (hidden, intermediate)),
+    ]
+
+
+def _attention(prefix: str, hidden: int) -> list[Tensor]:
+    rows = {"q": hidden, "k": hidden // 4, "v": hidden // 4, "o": hidden}
+    return [Tensor(f"{prefix}.{role}_proj.weight", (num_rows, hidden)) for role, num_rows in rows.items()]
 
 
 def stacked(num_layers: int, *, num_experts: int = 16, hidden: int = 5120, intermediate: int = 8192) -> tuple[list[Tensor], dict[str, Any]]:

@@ -20,6 +20,7 @@ from streamquant.convert import plan_memory, resolve_device
 from streamquant.engines import check, find_engine
 from streamquant.errors import RequestError, StreamquantError, one_line
 from streamquant.inputs import LAYOUTS
+from streamquant.kernels import KERNELS, find_kernels
 from streamquant.progress import LOGGER, TO_STDERR, JsonLog, narrate
 from streamquant.schemes import FORMATS
 from streamquant.schemes.observers import OBSERVERS
@@ -79,6 +80,13 @@ def _machine_options(command: Command) -> Command:
         click.option("--device", default=_default("device"), show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."),
         click.option("--max-memory", metavar="SIZE", help="Working memory on top of the interpreter; 256MiB, with a GPU 2GiB."),
         click.option("--threads", type=int, metavar="N", help="Workers; one for each processor if not given."),
+        click.option(
+            "--kernels",
+            type=click.Choice(KERNELS),
+            default=_default("kernels"),
+            show_default=True,
+            help="What computes on a CPU.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -110,7 +118,7 @@ def convert(source: str, out: str, *, dry_run: bool, report_file: str | None, lo
     """
     with _logged(log_json, source=source, out=out, dry_run=dry_run, settings=options) as log:
         if dry_run:
-            machine = {name: options.pop(name) for name in ("device", "max_memory", "threads")}
+            machine = {name: options.pop(name) for name in ("device", "max_memory", "threads", "kernels")}
             for name in ("allow_nonfinite", "cache", "restart"):
                 del options[name]
             _print_plan(source, as_json=False, machine=machine, options=options)
@@ -161,12 +169,13 @@ def plan(
     device: str,
     max_memory: str | None,
     threads: int | None,
+    kernels: str,
     **options: Any,
 ) -> None:
     """Show what `convert` would do: what happens to each tensor, sizes, memory."""
     if tp is not None and engine is None:
         raise RequestError(f"--tp {tp} says on how many ranks an engine runs; say which with --engine")
-    machine = {"device": device, "max_memory": max_memory, "threads": threads}
+    machine = {"device": device, "max_memory": max_memory, "threads": threads, "kernels": kernels}
     _print_plan(source, as_json=as_json, machine=machine, options=options, engine=engine, tp=1 if tp is None else tp)
 
 
@@ -175,7 +184,8 @@ def _print_plan(
 ) -> None:
     target = None if engine is None else find_engine(engine, tp=tp)
     the_plan = streamquant.plan(source, **options)
-    memory = plan_memory(the_plan, **machine | {"device": resolve_device(machine["device"])})
+    device = resolve_device(machine["device"])
+    memory = plan_memory(the_plan, **machine | {"device": device, "kernels": find_kernels(machine["kernels"], device)})
     findings = [] if engine is None else check(the_plan, engine=engine, tp=tp)
     if as_json:
         parts = the_plan.json_parts()

@@ -19,11 +19,13 @@ from streamquant.checkpoint.open_source import open_source
 from streamquant.checkpoint.source import Source
 from streamquant.errors import RequestError, VerificationError
 from streamquant.inputs import find_weights
+from streamquant.kernels import find_kernels
 from streamquant.lazy import torch
 from streamquant.memory import Memory, available_cpus, budget_memory, container_for
 from streamquant.output import files_of, finish, is_done, is_finished, job_of, require_space
 from streamquant.plan import Copy, Encode, Plan, make_plan
 from streamquant.recipe import Recipe, make_recipe
+from streamquant.schemes.kernels import Kernels
 from streamquant.schemes.plain import Plain
 from streamquant.sizes import format_bytes, parse_size
 from streamquant.stream import OnProgress, spool_bytes, stream_shards
@@ -44,6 +46,7 @@ class Conversion:
     plan: Plan
     memory: Memory
     device: str
+    kernels: str  # by which it was computed
     resumed_shards: int  # finished by an earlier run of the same job
     nonfinite: tuple[str, ...]  # weights with NaN or infinities, stored as zeros
     seconds: float
@@ -61,6 +64,7 @@ class Conversion:
             "revision": self.plan.checkpoint.revision,
             "out": self.out,
             "device": self.device,
+            "kernels": self.kernels,
             "seconds": round(self.seconds, 3),
             "source_bytes": self.plan.source_bytes,
             "output_bytes": self.plan.output_bytes,
@@ -143,6 +147,7 @@ def convert(
     device: str = "auto",
     max_memory: str | int | None = None,
     threads: int | None = None,
+    kernels: str = "auto",
     allow_nonfinite: bool = False,
     cache: bool = False,
     restart: bool = False,
@@ -164,6 +169,8 @@ def convert(
     device: "auto" takes a GPU if there is one, else the CPU; also "cpu", "cuda", "cuda:1". The output is the same.
     max_memory: working memory on top of the interpreter; None: 256MiB, with a GPU 2GiB.
     threads: workers; None: one for each processor that this process may use.
+    kernels: "numba" compiles for the processor (extra `fast`), "torch" needs nothing else and is slower; the output is the same.
+    "auto" takes what is installed.
     allow_nonfinite: store NaN and infinite weights as zeros instead of stopping.
     cache: download a source on the Hub into its ordinary cache first, instead of streaming it.
     restart: discard what an unfinished run of another job has written into `out`.
@@ -176,6 +183,7 @@ def convert(
     started = time.monotonic()
     out = Path(out)
     checked_device = resolve_device(device)
+    found_kernels = find_kernels(kernels, checked_device)
     wish = make_recipe(
         scheme=scheme,
         recipe=None if recipe is None else Path(recipe),
@@ -190,8 +198,8 @@ def convert(
     )
     with open_source(source, revision=revision, cache=cache) as opened:
         the_plan = _plan(opened, wish, format=format, expert_layout=expert_layout, max_shard_size=max_shard_size)
-        memory = plan_memory(the_plan, device=checked_device, max_memory=max_memory, threads=threads)
-        _tell_plan(the_plan, memory)
+        memory = plan_memory(the_plan, kernels=found_kernels, device=checked_device, max_memory=max_memory, threads=threads)
+        _tell_plan(the_plan, memory, found_kernels)
         job = job_of(the_plan, allow_nonfinite=allow_nonfinite)
         if isinstance(opened, LocalSource):
             _refuse_overlap(opened.folder, out)
@@ -220,6 +228,7 @@ def convert(
                     journal=journal,
                     memory=memory,
                     device=checked_device,
+                    kernels=found_kernels,
                     allow_nonfinite=allow_nonfinite,
                     on_progress=on_progress,
                 )
@@ -239,33 +248,38 @@ def convert(
         plan=the_plan,
         memory=memory,
         device=str(checked_device),
+        kernels=found_kernels.name,
         resumed_shards=resumed,
         nonfinite=tuple(nonfinite),
         seconds=time.monotonic() - started,
     )
 
 
-def _tell_plan(the_plan: Plan, memory: Memory) -> None:
+def _tell_plan(the_plan: Plan, memory: Memory, kernels: Kernels) -> None:
     figures = {
         "source_bytes": the_plan.source_bytes,
         "output_bytes": the_plan.output_bytes,
         "shards": len(the_plan.shards),
         "workers": memory.num_workers,
+        "kernels": kernels.name,
         "predicted_memory_bytes": memory.peak_bytes,
         "memory_limit_bytes": memory.limit_bytes,
     }
     LOGGER.info(
-        "%s to read and %s to write in %d files, with %s of working memory in %d workers",
+        "%s to read and %s to write in %d files, with %s of working memory in %d workers, kernels: %s",
         format_bytes(the_plan.source_bytes),
         format_bytes(the_plan.output_bytes),
         len(the_plan.shards),
         format_bytes(memory.peak_bytes),
         memory.num_workers,
+        kernels.name,
         extra={"event": "plan", "figures": figures},
     )
 
 
-def plan_memory(the_plan: Plan, *, device: torch.device, max_memory: str | int | None = None, threads: int | None = None) -> Memory:
+def plan_memory(
+    the_plan: Plan, *, device: torch.device, kernels: Kernels, max_memory: str | int | None = None, threads: int | None = None
+) -> Memory:
     """How `convert` spends its memory budget on a plan.
 
     Raises RequestError if the budget is too small, or larger than what the container allows.
@@ -278,6 +292,7 @@ def plan_memory(the_plan: Plan, *, device: torch.device, max_memory: str | int |
         max_bytes=max_bytes,
         num_workers=threads or available_cpus(),
         on_gpu=device.type != "cpu",
+        working_bytes=kernels.working_bytes,
         is_remote=the_plan.checkpoint.is_remote,
         container=container_for(the_plan, device=device),
         may_shrink=max_memory is None,

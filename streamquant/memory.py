@@ -22,11 +22,11 @@ from streamquant.inputs import Weight
 from streamquant.lazy import torch
 from streamquant.plan import Encode, Plan
 from streamquant.schemes import Scheme
+from streamquant.schemes.kernels import TORCH
 from streamquant.sizes import MEBIBYTE, enough_mebibytes
 
-BLOCK_ELEMENTS = 1 << 18  # a block and its temporaries in float32 about fit a 2 MB L2 cache
+BLOCK_ELEMENTS = 1 << 18  # operations of torch on them about fit a 2 MB L2 cache
 GPU_BLOCK_ELEMENTS = 1 << 24
-WORKING_BYTES = 40  # per element of a block in work: the source and at most nine float32 temporaries (search, e2m1)
 COPY_BYTES = 8 << 20
 MAX_KEEP_BYTES = 64 << 20
 MIN_READ_BYTES = 1 << 20
@@ -44,7 +44,8 @@ class Memory(NamedTuple):
     """Working memory of a conversion, on top of the interpreter."""
 
     num_workers: int
-    block_elements: int
+    block_elements: int  # of weights that are decoded
+    plain_block_elements: int  # of those that are stored as they are
     keep_bytes: int  # per worker: weights that share a scale are read once up to this, larger ones twice
     read_bytes: int  # per worker: what is read at a time of weights that are no plain tensors; 0 if there are none
     peak_bytes: int  # predicted
@@ -91,27 +92,32 @@ def budget_memory(
     max_bytes: int,
     num_workers: int,
     on_gpu: bool,
+    working_bytes: int = TORCH.working_bytes,
     is_remote: bool = False,
     container: Container | None = None,
     may_shrink: bool = False,
 ) -> Memory:
     """Fit the work into `max_bytes`, or less if it `may_shrink` to what the container allows, with at most `num_workers` workers.
 
+    working_bytes: what the kernels need for each element of a block of plain weights.
     Raises RequestError naming the smallest budget that works if even one worker needs more, and the smallest limit that works if the
     container does not allow it.
     """
     block_elements = GPU_BLOCK_ELEMENTS if on_gpu else BLOCK_ELEMENTS
-    largest, culprit = COPY_BYTES // WORKING_BYTES, ""
+    plain_block_elements = block_elements * TORCH.working_bytes // working_bytes
+    block_bytes, culprit = COPY_BYTES, ""
     reads_parts = False
     for step in plan.steps:
         if isinstance(step, Encode):
             for member in step.members:
                 num_rows, num_columns = member.weight.shape
                 reads_parts = reads_parts or not member.weight.is_plain
-                rows = max(block_elements // max(num_columns, 1), row_multiple(member.weight, step.scheme))
-                if min(rows, num_rows) * num_columns > largest:
-                    largest, culprit = min(rows, num_rows) * num_columns, member.weight.name
-    block_bytes = largest * WORKING_BYTES
+                elements, per_element = (
+                    (plain_block_elements, working_bytes) if member.weight.is_plain else (block_elements, TORCH.working_bytes)
+                )
+                rows = max(elements // max(num_columns, 1), row_multiple(member.weight, step.scheme))
+                if min(rows, num_rows) * num_columns * per_element > block_bytes:
+                    block_bytes, culprit = min(rows, num_rows) * num_columns * per_element, member.weight.name
     read_bytes = MIN_READ_BYTES if reads_parts else 0
     needed = block_bytes + 2 * read_bytes  # as read, and turned if its rows are columns
     ahead = max(block_bytes // 4, MIN_READ_AHEAD_BYTES) if is_remote else 0  # a block fits a fraction of it, also in float32
@@ -142,7 +148,7 @@ def budget_memory(
         refusal = container.refusal(peak_bytes, f"--max-memory {enough_mebibytes(max_bytes)}")
         raise RequestError(f"{refusal}, and so does --max-memory {enough_mebibytes(fits)}")
     limit_bytes = None if container is None else container.limit_bytes
-    return Memory(num_workers, block_elements, keep_bytes, read_bytes, peak_bytes, ahead, limit_bytes)
+    return Memory(num_workers, block_elements, plain_block_elements, keep_bytes, read_bytes, peak_bytes, ahead, limit_bytes)
 
 
 def row_multiple(weight: Weight, scheme: Scheme) -> int:

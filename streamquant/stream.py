@@ -28,6 +28,7 @@ from streamquant.memory import COPY_BYTES, Memory, row_blocks, row_multiple
 from streamquant.plan import Copy, Encode, Member, Shard, Step
 from streamquant.read_ahead import NUM_BUFFERS, ReadAhead, Reading, Spool, coalesce
 from streamquant.schemes import Scheme
+from streamquant.schemes.kernels import Kernels
 from streamquant.schemes.packing import flat
 from streamquant.stored import TORCH_DTYPES
 
@@ -62,6 +63,7 @@ def stream_shards(
     journal: Journal,
     memory: Memory,
     device: torch.device,
+    kernels: Kernels,
     allow_nonfinite: bool,
     on_progress: OnProgress | None = None,
 ) -> None:
@@ -74,7 +76,7 @@ def stream_shards(
     total = sum(step.source_bytes for shard in shards for index, step in enumerate(shard.steps) if index not in journal.steps[shard.file])
     with (
         _Recorder(journal, out) as recorder,
-        _Engine(source, recorder, work, memory, device, allow_nonfinite, total, on_progress) as engine,
+        _Engine(source, recorder, work, memory, device, kernels, allow_nonfinite, total, on_progress) as engine,
     ):
         for shard in shards:
             recorder.wait_for_room()
@@ -224,12 +226,13 @@ class _Engine:
         work: Path,
         memory: Memory,
         device: torch.device,
+        kernels: Kernels,
         allow_nonfinite: bool,
         total: int,
         on_progress: OnProgress | None,
     ):
         self._source, self._recorder, self._work, self._memory = source, recorder, work, memory
-        self._device, self._allow_nonfinite = device, allow_nonfinite
+        self._device, self._kernels, self._allow_nonfinite = device, kernels, allow_nonfinite
         self._total, self._on_progress, self._done = total, on_progress, 0
         self._lock = threading.Lock()
         self._buffers = threading.local()
@@ -389,7 +392,7 @@ class _Engine:
         scheme = step.scheme
         for row, weight_NK in self._blocks(member, start, end, scheme, reader):
             finite_NK, bounds_BRC = self._observe(weight_NK, member, scheme)
-            _store(member, output, row, scheme.encode(finite_NK, bounds_BRC, shared=shared), scheme)
+            _store(member, output, row, scheme.encode(finite_NK, bounds_BRC, shared=shared, kernels=self._kernels), scheme)
         if start == 0:
             _store_once(member, scheme, output, shared)
 
@@ -427,7 +430,7 @@ class _Engine:
                 kept.append((member, row, block_NK, bounds_BRC))
         shared = self._share(step, [_largest([bounds_BRC for *_, bounds_BRC in kept])])
         for member, row, weight_NK, bounds_BRC in kept:
-            _store(member, output, row, scheme.encode(weight_NK, bounds_BRC, shared=shared), scheme)
+            _store(member, output, row, scheme.encode(weight_NK, bounds_BRC, shared=shared, kernels=self._kernels), scheme)
         for member in step.members:
             _store_once(member, scheme, output, shared)
 
@@ -443,7 +446,7 @@ class _Engine:
         """(first row, what the source has of it) for blocks of the rows start..end."""
         multiple, num_columns = row_multiple(weight, scheme), weight.shape[1]
         # Several tensors, or strided ones, are read more at a time than is decoded: a line of theirs would be a few bytes.
-        read_elements = self._memory.block_elements
+        read_elements = self._memory.plain_block_elements
         if not weight.is_plain:
             read_elements = self._memory.read_bytes * weight.num_elements // max(weight.num_bytes, 1)
         for read in row_blocks(end - start, num_columns, row_multiple=multiple, max_elements=read_elements):
@@ -465,7 +468,7 @@ class _Engine:
 
     def _observe(self, weight_NK: Tensor, member: Member, scheme: Scheme) -> tuple[Tensor, Tensor]:
         """The weight, with zeros in place of what is not finite, and its bounds. Raises CheckpointError unless that is allowed."""
-        bounds_BRC = scheme.observe(weight_NK)
+        bounds_BRC = scheme.observe(weight_NK, kernels=self._kernels)
         if bool(bounds_BRC.isfinite().all()):
             return weight_NK, bounds_BRC
         name = member.weight.name
@@ -473,7 +476,7 @@ class _Engine:
             raise CheckpointError(f"{name} holds NaN or infinite weights; --allow-nonfinite stores them as zeros")
         self._recorder.nonfinite.add(name)
         finite_NK = weight_NK.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        return finite_NK, scheme.observe(finite_NK)
+        return finite_NK, scheme.observe(finite_NK, kernels=self._kernels)
 
     def _share(self, step: Encode, amaxes: Sequence[float]) -> Tensor:
         amax = torch.tensor([max(amaxes)], dtype=torch.float32)

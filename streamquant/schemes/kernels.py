@@ -25,6 +25,10 @@ class Kernels(Protocol):
     def name(self) -> str:
         """What users call them."""
 
+    @property
+    def working_bytes(self) -> int:
+        """Memory for each element of a block that is observed and encoded, the block included, at most."""
+
     def extremes(self, weight_NK: Tensor, unit: tuple[int, int], *, symmetric: bool) -> Tensor:
         """Of each unit the largest magnitude, or the minimum and the maximum with zero among them: float32 [B, R, C].
 
@@ -45,6 +49,7 @@ class TorchKernels:
     """The reference, on every device that torch has."""
 
     name = "torch"
+    working_bytes = 40  # the source and at most nine temporaries in float32 (search, e2m1)
 
     def extremes(self, weight_NK: Tensor, unit: tuple[int, int], *, symmetric: bool) -> Tensor:
         weight_RaCb = cut_units(weight_NK, unit)

@@ -1,0 +1,116 @@
+"""Kernels for particular hardware give the bits of the reference, which test_schemes.py and test_observers.py compare with the oracles."""
+
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import streamquant
+from streamquant.errors import RequestError
+from streamquant.kernels import find_kernels
+from streamquant.schemes import Scheme
+from streamquant.schemes.codes import ByteIntegers, Codes, E2m1, E4m3, PackedIntegers
+from streamquant.schemes.kernels import TORCH, Kernels
+from streamquant.schemes.packing import flat
+from streamquant.schemes.units import Scales
+from tests import oracles
+from tests.checkpoints import file_bytes
+from tests.test_observers import SEARCHES
+from tests.test_schemes import CASES, each_dtype, shapes_of
+
+CPU = torch.device("cpu")
+COMPILED = find_kernels("numba", CPU)
+KINDS_OF_CODES = [E4m3(), E2m1(), ByteIntegers(8), ByteIntegers(4), *(PackedIntegers(num_bits) for num_bits in range(2, 9))]
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return flat(tensor).view(torch.uint8)
+
+
+def assert_same(ours: Tensor, reference: Tensor) -> None:
+    assert (ours.dtype, ours.shape) == (reference.dtype, reference.shape)
+    assert torch.equal(bits(ours), bits(reference))
+
+
+def stored(scheme: Scheme, weight_NK: Tensor, kernels: Kernels) -> dict[str, Tensor]:
+    bounds_BRC = scheme.observe(weight_NK, kernels=kernels)
+    shared = scheme.share(bounds_BRC.abs().amax().view(1), weight_NK.dtype) if scheme.shares_amax else None
+    return {"bounds": bounds_BRC} | scheme.encode(weight_NK, bounds_BRC, shared=shared, kernels=kernels)
+
+
+@each_dtype
+@pytest.mark.parametrize("scheme", [*CASES.values(), *SEARCHES.values()], ids=[*CASES, *SEARCHES])
+def test_compiled_kernels_give_the_bits_of_the_reference(scheme: Scheme, dtype: torch.dtype) -> None:
+    for shape in shapes_of(scheme):
+        for weight_NK in oracles.weights_to_try(shape, dtype).values():
+            reference = stored(scheme, weight_NK, TORCH)
+            ours = stored(scheme, weight_NK, COMPILED)
+            assert torch.equal(ours.pop("bounds"), reference.pop("bounds"))  # a zero may have either sign
+            assert ours.keys() == reference.keys()
+            for suffix, tensor in ours.items():
+                assert_same(tensor, reference[suffix])
+
+
+@pytest.mark.parametrize("codes", KINDS_OF_CODES, ids=str)
+def test_every_number_is_rounded_as_in_the_reference(codes: Codes) -> None:
+    """All of bfloat16, numbers of float32 of every size, and the neighbours of those halfway between two codes."""
+    every_bfloat16 = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).float()
+    any_bits = torch.randint(-(1 << 31), 1 << 31, (1 << 18,), dtype=torch.int64, generator=torch.Generator().manual_seed(1))
+    halves = torch.arange(-1024, 1025) / 4.0 * torch.tensor([2.0**power for power in range(-12, 2)])[:, None]
+    ties = torch.stack([halves, halves.nextafter(torch.tensor(1e9)), halves.nextafter(torch.tensor(-1e9))]).flatten()
+    numbers = torch.cat([every_bfloat16, any_bits.to(torch.int32).view(torch.float32), ties])
+    numbers = numbers[numbers.isfinite()]
+    weight_NK = numbers[: len(numbers) // 320 * 320].view(-1, 320)
+    scales = Scales(torch.ones(1), torch.ones(len(weight_NK), 1))
+    unit = (1, weight_NK.shape[1])
+    assert_same(COMPILED.codes(codes, weight_NK, unit, scales), TORCH.codes(codes, weight_NK, unit, scales))
+    small_NK = weight_NK.clamp(-1e6, 1e6)  # power_2_4 is for distances below 2**24
+    assert_same(COMPILED.errors(codes, small_NK, unit, [scales]), TORCH.errors(codes, small_NK, unit, [scales]))
+
+
+@each_dtype
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_extremes_are_not_finite_where_a_weight_is_not(dtype: torch.dtype, symmetric: bool, number: float) -> None:
+    for sign in (1, -1):  # of NaN, too
+        weight_NK = torch.zeros((4, 64), dtype=dtype)
+        weight_NK[1, 40] = torch.tensor(number).copysign(torch.tensor(float(sign))) if number != number else number
+        bounds_BRC = COMPILED.extremes(weight_NK, (1, 32), symmetric=symmetric)
+        finite_RC = bounds_BRC.isfinite().all(0)
+        assert not finite_RC[1, 1]
+        assert finite_RC.sum() == 7
+
+
+def test_scales_that_are_not_of_the_units_are_an_error_and_no_memory_is_read() -> None:
+    with pytest.raises(RuntimeError, match="expanded size"):
+        COMPILED.codes(E4m3(), torch.ones(8, 64), (1, 32), Scales(torch.ones(1), torch.ones(4, 2)))
+
+
+@pytest.mark.parametrize("wish", [{"scheme": "W4A16_ASYM"}, {"scheme": "NVFP4A16"}, {"scheme": "FP8_BLOCK", "observer": "mse"}], ids=str)
+def test_kernels_change_no_byte_of_an_output(tmp_path: Path, wish: dict[str, str]) -> None:
+    source = Path(__file__).parent.parent / "examples" / "wiki-llama"
+    reports = [streamquant.convert(source, tmp_path / kernels, kernels=kernels, **wish) for kernels in ("torch", "numba")]
+    assert [report.to_json()["kernels"] for report in reports] == ["torch", "numba"]
+    assert file_bytes(tmp_path / "torch") == file_bytes(tmp_path / "numba")
+
+
+def test_what_is_installed_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_kernels("auto", CPU).name == "numba"
+    assert find_kernels("torch", CPU) is TORCH
+    assert find_kernels("auto", torch.device("meta")) is TORCH
+
+    def no_numba(name: str) -> ModuleSpec | None:
+        return None
+
+    monkeypatch.setattr("streamquant.kernels.find_spec", no_numba)
+    assert find_kernels("auto", CPU) is TORCH
+    with pytest.raises(RequestError, match=r"pip install 'streamquant\[fast\]'"):
+        find_kernels("numba", CPU)
+
+
+@pytest.mark.parametrize(("name", "device", "said"), [("cuda", "cpu", "known are auto, torch"), ("numba", "cuda", "for the CPU")])
+def test_kernels_that_are_not_there_are_refused(name: str, device: str, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        find_kernels(name, torch.device(device))
