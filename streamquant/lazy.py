@@ -1,4 +1,4 @@
-"""torch, imported when it is first used.
+"""torch and NumPy, imported when they are first used.
 
 That takes longer than all else which is done with headers alone. Modules take `torch` from here, and names for annotations from torch
 itself where only type checkers look:
@@ -14,7 +14,7 @@ itself where only type checkers look:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["F", "torch"]
+__all__ = ["F", "np", "torch"]
 
 
 class _Lazy:
@@ -32,8 +32,10 @@ class _Lazy:
 
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     import torch.nn.functional as F
 else:
+    np = _Lazy("numpy")
     torch = _Lazy("torch")
     F = _Lazy("torch.nn.functional")

@@ -8,6 +8,7 @@ finding their largest magnitude and encoding them, and what is read ahead of a r
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -23,6 +24,7 @@ from streamquant.checkpoint.source import Extent, Reader, Source
 from streamquant.checkpoint.writer import ShardWriter, StepWriter
 from streamquant.errors import CheckpointError
 from streamquant.inputs import Weight
+from streamquant.inputs.weight import Allocate
 from streamquant.lazy import torch
 from streamquant.memory import COPY_BYTES, Memory, row_blocks, row_multiple
 from streamquant.plan import Copy, Encode, Member, Shard, Step
@@ -382,7 +384,7 @@ class _Engine:
     def _scan(self, step: Encode, member: Member, start: int, end: int, reader: Reader) -> float:
         """The largest bound in a range of rows."""
         blocks = self._blocks(member, start, end, step.scheme, reader)
-        return _largest([self._observe(weight_NK, member, step.scheme)[1] for _, weight_NK in blocks])
+        return max(_largest(self._observe(weight_NK, member, step.scheme)[1]) for _, weight_NK in blocks)
 
     def _encode(
         self, step: Encode, member: Member, start: int, end: int, output: StepWriter, reader: Reader, *, scans: Sequence[_Task] = ()
@@ -400,7 +402,7 @@ class _Engine:
         """Store the codes and scales that the source has."""
         weight, scheme = member.weight, step.scheme
         stored: dict[str, Tensor] = {}
-        for row, stored in self._stored_blocks(weight, start, end, scheme, reader):
+        for row, stored in self._stored_blocks(weight, start, end, scheme, reader, self._buffer):
             _store(member, output, row, weight.repack(stored, scheme), scheme)
         if start == 0:
             _store_once(member, scheme, output, weight.format.shared(stored) if scheme.shares_amax else None)
@@ -420,28 +422,37 @@ class _Engine:
                 self._repack(step, member, 0, member.weight.shape[0], output, reader)
             return
         scheme = step.scheme
+        # One piece, used again and again: blocks kept one by one between temporaries would tear the heap apart.
+        memory = _Pieces(self._buffer("kept", sum(member.weight.decoded_bytes for member in step.members)))
         kept = []
         for member in step.members:
-            # In one piece: blocks kept one by one between temporaries would tear the heap apart.
-            whole_NK = torch.empty(member.weight.shape, dtype=TORCH_DTYPES[member.weight.dtype], device=self._device)
-            for row, weight_NK in self._blocks(member, 0, len(whole_NK), scheme, reader):
+            weight, dtype = member.weight, TORCH_DTYPES[member.weight.dtype]
+            allocate = memory.take if weight.is_plain else self._buffer
+            for row, weight_NK in self._blocks(member, 0, weight.shape[0], scheme, reader, allocate):
                 finite_NK, bounds_BRC = self._observe(weight_NK, member, scheme)
-                block_NK = whole_NK[row : row + len(finite_NK)].copy_(finite_NK)
-                kept.append((member, row, block_NK, bounds_BRC))
-        shared = self._share(step, [_largest([bounds_BRC for *_, bounds_BRC in kept])])
+                if not weight.is_plain:
+                    piece_NK = memory.take("", finite_NK.numel() * dtype.itemsize).view(dtype).view(finite_NK.shape)
+                    finite_NK = piece_NK.to(self._device).copy_(finite_NK)
+                kept.append((member, row, finite_NK, bounds_BRC))
+        shared = self._share(step, [max(_largest(bounds_BRC) for *_, bounds_BRC in kept)])
         for member, row, weight_NK, bounds_BRC in kept:
             _store(member, output, row, scheme.encode(weight_NK, bounds_BRC, shared=shared, kernels=self._kernels), scheme)
         for member in step.members:
             _store_once(member, scheme, output, shared)
 
-    def _blocks(self, member: Member, start: int, end: int, scheme: Scheme, reader: Reader) -> Iterator[tuple[int, Tensor]]:
-        """(first row, weight_NK on the device) for blocks of the rows start..end. A block may overwrite the one before."""
+    def _blocks(
+        self, member: Member, start: int, end: int, scheme: Scheme, reader: Reader, allocate: Allocate | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(first row, weight_NK on the device) for blocks of the rows start..end.
+
+        They are read into what `allocate` gives, by default into memory in which a block overwrites the one before.
+        """
         weight = member.weight
-        for row, stored in self._stored_blocks(weight, start, end, scheme, reader):
+        for row, stored in self._stored_blocks(weight, start, end, scheme, reader, allocate or self._buffer):
             yield row, weight.decode({role: tensor.to(self._device) for role, tensor in stored.items()})
 
     def _stored_blocks(
-        self, weight: Weight, start: int, end: int, scheme: Scheme, reader: Reader
+        self, weight: Weight, start: int, end: int, scheme: Scheme, reader: Reader, allocate: Allocate
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """(first row, what the source has of it) for blocks of the rows start..end."""
         multiple, num_columns = row_multiple(weight, scheme), weight.shape[1]
@@ -451,7 +462,7 @@ class _Engine:
             read_elements = self._memory.read_bytes * weight.num_elements // max(weight.num_bytes, 1)
         for read in row_blocks(end - start, num_columns, row_multiple=multiple, max_elements=read_elements):
             first, last = start + read[0], start + read[1]
-            stored = weight.read(reader, first, last, self._buffer)
+            stored = weight.read(reader, first, last, allocate)
             if weight.is_plain:
                 yield first, stored
                 continue
@@ -469,7 +480,7 @@ class _Engine:
     def _observe(self, weight_NK: Tensor, member: Member, scheme: Scheme) -> tuple[Tensor, Tensor]:
         """The weight, with zeros in place of what is not finite, and its bounds. Raises CheckpointError unless that is allowed."""
         bounds_BRC = scheme.observe(weight_NK, kernels=self._kernels)
-        if bool(bounds_BRC.isfinite().all()):
+        if math.isfinite(_largest(bounds_BRC)):
             return weight_NK, bounds_BRC
         name = member.weight.name
         if not self._allow_nonfinite:
@@ -481,6 +492,19 @@ class _Engine:
     def _share(self, step: Encode, amaxes: Sequence[float]) -> Tensor:
         amax = torch.tensor([max(amaxes)], dtype=torch.float32)
         return step.scheme.share(amax, TORCH_DTYPES[step.members[0].weight.dtype]).to(self._device)
+
+
+class _Pieces:
+    """Memory handed out piece by piece."""
+
+    def __init__(self, memory: Tensor):
+        self._memory, self._taken = memory, 0
+
+    def take(self, role: str, num_bytes: int) -> Tensor:
+        """The next `num_bytes`."""
+        del role
+        self._taken += num_bytes
+        return self._memory[self._taken - num_bytes : self._taken]
 
 
 def _all_extents(step: Encode) -> list[Extent]:
@@ -512,9 +536,9 @@ def _store_once(member: Member, scheme: Scheme, output: StepWriter, shared: Tens
     _store(member, output, 0, once, scheme)
 
 
-def _largest(bounds: Sequence[Tensor]) -> float:
+def _largest(bounds: Tensor) -> float:
     """The largest magnitude. No tensor: small ones that outlive large ones tear the heap apart, which then grows with the model."""
-    return float(torch.stack([bound.abs().amax() for bound in bounds]).amax())
+    return float(bounds.abs().amax())
 
 
 def _bytes(tensor: Tensor) -> memoryview:

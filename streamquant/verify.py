@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from streamquant.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from streamquant.checkpoint.checksum import crc32
 from streamquant.checkpoint.header import TensorSpec, parse_object
 from streamquant.checkpoint.journal import RECORD_NAME, read_record
 from streamquant.checkpoint.local import LocalSource
@@ -22,7 +22,7 @@ from streamquant.checkpoint.open_source import open_source
 from streamquant.checkpoint.source import Reader
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.inputs import Inventory, Stack, Weight, find_weights, no_scheme, read_tensor
-from streamquant.lazy import torch
+from streamquant.lazy import np, torch
 from streamquant.memory import BLOCK_ELEMENTS, COPY_BYTES, row_blocks
 from streamquant.names import ModelFacts, fused_groups, role_of
 from streamquant.quantization_config import quantized_modules
@@ -33,9 +33,17 @@ from streamquant.stored import DENSE_DTYPES, stored_tensors
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCALE_BYTES = 1 << 20  # checked at a time: FP8 scales in float32, with what `isfinite` takes, are ten times as large
+SCALE_BYTES = 1 << 20  # checked at a time
 SCALE_SUFFIXES = {"weight_scale", "weight_scale_inv", "weight_global_scale"}
-E8M0_NAN = 255
+# The bits of finite and positive scales, which as integers are in the order of the numbers: smallest and largest.
+GOOD_SCALES = {
+    "BF16": ("uint16", 1, 0x7F7F),
+    "F16": ("uint16", 1, 0x7BFF),
+    "F32": ("uint32", 1, 0x7F7FFFFF),
+    "F8_E4M3": ("uint8", 1, 0x7E),
+    "F8_E8M0": ("uint8", 0, 0xFE),
+    "U8": ("uint8", 0, 0xFE),  # e8m0 under the name that readers take
+}
 WORSE_THAN_ZEROS = 1.0
 
 
@@ -162,7 +170,7 @@ def _checksum_problems(source: LocalSource, checksum_of: Mapping[str, str]) -> I
         for start in range(0, sizes[file], COPY_BYTES):
             chunk = memoryview(bytearray(min(COPY_BYTES, sizes[file] - start)))
             source.read(file, start, chunk)
-            found = zlib.crc32(chunk, found)
+            found = crc32(chunk, found)
         if f"{found:08x}" != expected:
             yield f"{file} has the CRC-32 {found:08x}; {expected} was written"
 
@@ -220,13 +228,21 @@ def _scale_problems(weight: Weight, source: Reader) -> list[str]:
             problems.append(f"{spec.name} is not {list(weight.shape)}")
         if suffix not in SCALE_SUFFIXES:
             continue
-        for start in range(0, spec.num_bytes, SCALE_BYTES):
-            scale = read_tensor(source, spec, start, min(start + SCALE_BYTES, spec.num_bytes))
-            bad = (scale == E8M0_NAN) if scale.dtype == torch.uint8 else ~(scale.float().isfinite() & (scale.float() > 0))
-            if bool(bad.any()):
-                problems.append(f"{spec.name} holds {int(bad.sum())} scales that are not finite and positive")
-                break
+        num_bad = sum(_num_bad_scales(source, spec, start) for start in range(0, spec.num_bytes, SCALE_BYTES))
+        if num_bad:
+            problems.append(f"{spec.name} holds {num_bad} scales that are not finite and positive")
     return problems
+
+
+def _num_bad_scales(source: Reader, spec: TensorSpec, start: int) -> int:
+    """Of the scales in SCALE_BYTES from byte `start` on."""
+    dtype, smallest, largest = GOOD_SCALES[spec.dtype]
+    buffer = bytearray(min(SCALE_BYTES, spec.num_bytes - start))
+    source.read(spec.file, spec.start + start, memoryview(buffer))
+    bits = np.frombuffer(buffer, dtype)
+    if bits.min() >= smallest and bits.max() <= largest:
+        return 0
+    return int(((bits < smallest) | (bits > largest)).sum())
 
 
 def _fused_problems(stored: Mapping[str, Weight], scheme_of: Callable[[str], Scheme | None], source: Reader) -> list[str]:

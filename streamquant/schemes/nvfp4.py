@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from streamquant.lazy import torch
 from streamquant.schemes.codes import Codes, E2m1
 from streamquant.schemes.mx import MxFp4
-from streamquant.schemes.rounding import FP4_MAX, FP8_MAX, divide, floor_power_of_two, round_to_e4m3
+from streamquant.schemes.rounding import FP4_MAX, FP8_MAX, divide, floor_power_of_two, positive_e4m3_value, round_to_e4m3
 from streamquant.schemes.scheme import Scheme, round_scale
 from streamquant.schemes.units import Scales
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GROUP = 16
-SMALLEST_SCALE = 0.125  # of a group of zeros: the epsilon of float8_e4m3fn
+CODE_OF_SMALLEST_SCALE = 0x20  # 0.125, of a group of zeros: the epsilon of float8_e4m3fn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +81,9 @@ class NvFp4(Scheme):
     def scales(self, bounds_BRC: Tensor, dtype: torch.dtype, shared: Tensor | None) -> Scales:
         assert shared is not None
         group_scale_RC = divide(bounds_BRC[0], FP4_MAX).to(_working_dtype(dtype)).float()
-        stored_RC = round_to_e4m3(group_scale_RC * shared)
-        scale_RC = stored_RC.float()
-        nonzero_RC = torch.where(scale_RC > 0, scale_RC, SMALLEST_SCALE)
-        return Scales(nonzero_RC.to(torch.float8_e4m3fn), nonzero_RC / shared)
+        code_RC = round_to_e4m3(group_scale_RC * shared).view(torch.uint8)
+        code_RC.add_(code_RC == 0, alpha=CODE_OF_SMALLEST_SCALE)
+        return Scales(code_RC.view(torch.float8_e4m3fn), positive_e4m3_value(code_RC) / shared)
 
     def search_scales(self, bounds_BRC: Tensor, dtype: torch.dtype) -> Scales:
         scale_RC = round_scale(divide(bounds_BRC[0], FP4_MAX), _working_dtype(dtype)).float()
