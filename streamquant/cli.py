@@ -242,7 +242,6 @@ def schemes() -> None:
 def main() -> None:
     """Run the command line; expected failures are one line on stderr and an exit code."""
     # A plan is millions of objects that all live; looking for garbage among them takes half of the time of planning.
-    gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
     try:
         signal.signal(signal.SIGTERM, _terminate)
@@ -251,6 +250,7 @@ def main() -> None:
         _fail(error)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is said and done; what is left is leaving
+        gc.freeze()  # or Python would look for garbage once more, in torch and all
 
 
 def _run() -> None:

@@ -1,5 +1,7 @@
 """The use cases: convert a checkpoint, and plan that without doing it."""
 
+from __future__ import annotations
+
 import logging
 import os
 import shutil
@@ -8,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
-
-import torch
 
 from streamquant.checkpoint.checkpoint import read_checkpoint, require_unchanged
 from streamquant.checkpoint.journal import WORK_FOLDER, Journal
@@ -20,6 +20,7 @@ from streamquant.checkpoint.source import Source
 from streamquant.errors import RequestError, VerificationError
 from streamquant.inputs import find_weights
 from streamquant.kernels import find_kernels
+from streamquant.lazy import torch
 from streamquant.memory import Memory, available_cpus, budget_memory, container_for
 from streamquant.output import files_of, finish, is_done, is_finished, job_of, require_space
 from streamquant.plan import Copy, Encode, Plan, make_plan

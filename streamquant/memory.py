@@ -8,17 +8,18 @@ The budget is for working memory. What a conversion takes in all, which a contai
     + BOOKKEEPING_BYTES for every tensor of the output
 """
 
+from __future__ import annotations
+
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
 from streamquant.container import cpu_limit, memory_limit, process_memory
 from streamquant.errors import RequestError
 from streamquant.inputs import Weight
+from streamquant.lazy import torch
 from streamquant.plan import Encode, Plan
 from streamquant.schemes import Scheme
 from streamquant.schemes.kernels import TORCH

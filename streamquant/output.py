@@ -115,9 +115,9 @@ def _config(plan: Plan) -> dict[str, Any]:
             if isinstance(value, dict):
                 parent[name] = {inner: value[inner] for inner in value if inner not in STATED_KEYS}
                 parents.append(parent[name])
-    unpacked = {scheme.dtype for scheme in plan.recipe.schemes if isinstance(scheme, Plain)}
+    unpacked = {scheme.dtype_name for scheme in plan.recipe.schemes if isinstance(scheme, Plain)}
     if len(unpacked) == 1 and not plan.quantization_config:
-        _state_dtype(config, str(unpacked.pop()).removeprefix("torch."))
+        _state_dtype(config, unpacked.pop())
     return config
 
 

@@ -5,7 +5,6 @@ Pure: reads nothing but the headers and the config in a `Checkpoint`. Whatever c
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -453,9 +452,3 @@ def _spec_json(spec: TensorSpec) -> dict[str, Any]:
         "start": spec.start,
         "bytes": spec.num_bytes,
     }
-
-
-def bits_per_weight(scheme: Scheme) -> float:
-    """Bits stored per weight, scales included, for a large matrix."""
-    shape = (4096, 4096)
-    return 8 * stored_bytes(scheme, shape, "BF16") / math.prod(shape)

@@ -4,6 +4,8 @@ The package says what happens through the logger `streamquant`, to which nothing
 name and figures for machines, as in `LOGGER.info("...", extra={"event": "shard", "figures": {"bytes": 1}})`.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import sys
@@ -13,11 +15,11 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import IO, Any, Self
 
-import torch
 from tqdm import tqdm
 
 from streamquant.container import process_memory
 from streamquant.errors import one_line
+from streamquant.lazy import torch
 from streamquant.sizes import format_bytes
 from streamquant.stream import OnProgress, Progress
 

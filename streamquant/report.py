@@ -1,5 +1,6 @@
 """What people read: tables of plans, checkpoints and verifications, as lines of text."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -8,13 +9,15 @@ from streamquant.engines import Engine, Finding, loads_in
 from streamquant.inspect import Inspection
 from streamquant.memory import Memory
 from streamquant.names import fold
-from streamquant.plan import Copy, Encode, Plan, Step, bits_per_weight
-from streamquant.schemes import NEED_ACTIVATION_SCALES, PLAIN, SCHEMES
+from streamquant.plan import Copy, Encode, Plan, Step
+from streamquant.schemes import NEED_ACTIVATION_SCALES, PLAIN, SCHEMES, Scheme
 from streamquant.schemes.plain import Plain
 from streamquant.sizes import format_bytes
 from streamquant.verify import Verification
 
 MAX_ROWS = 60
+MANY_COLUMNS = 4096
+BYTE_SCALES = {"nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"}  # formats; others have scales of the weight's dtype
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -175,7 +178,7 @@ def scheme_lines() -> list[str]:
         if scheme.activations is not None:
             inputs = f"{scheme.activations.type}{scheme.activations.num_bits} per {scheme.activations.strategy}"
         settings = ", ".join(sorted(setting.replace("_", " ") for setting in scheme.settings)) or "-"
-        rows.append((name, f"{bits_per_weight(scheme):.2f}", inputs, scheme.format, loads_in(scheme), settings))
+        rows.append((name, f"{bits_per_weight(scheme):.3f}", inputs, scheme.format, loads_in(scheme), settings))
     lines = table(("scheme", "bits/weight", "activations", "stored as", "loads in", "settings"), rows)
     lines += [
         "",
@@ -190,6 +193,14 @@ def scheme_lines() -> list[str]:
         f"{', '.join(scheme.preset for scheme in PLAIN.values())} unpack a quantized source into plain numbers, and quantize nothing.",
         "Experts stacked in 3-D become single ones, unless they are kept or only unpacked: gpt-oss loads in stacks alone.",
     ]
+
+
+def bits_per_weight(scheme: Scheme) -> float:
+    """Bits stored for a weight of a large bfloat16 matrix: its code, and its part of the scale and the zero point of its unit."""
+    code_bits: int = scheme.weights_config["num_bits"]
+    scale_bits = 8 if scheme.format in BYTE_SCALES else 16
+    zero_bits = 0 if scheme.symmetric else code_bits
+    return code_bits + (scale_bits + zero_bits) / math.prod(scheme.unit(MANY_COLUMNS))
 
 
 def _fates(step: Step) -> list[tuple[str, str, str, str, int, int]]:

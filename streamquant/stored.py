@@ -1,29 +1,60 @@
 """Dtypes of files as dtypes of torch, and which tensors a scheme stores for a weight."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from types import MappingProxyType
-
-import torch
+from typing import TYPE_CHECKING
 
 from streamquant.checkpoint.header import tensor_bytes
+from streamquant.lazy import torch
 from streamquant.schemes import Scheme
 
-TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType({
-    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "BOOL": torch.bool,
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NAMES_IN_TORCH: Mapping[str, str] = MappingProxyType({
+    "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "BOOL": "bool",
 })  # fmt: skip
-DTYPE_NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in TORCH_DTYPES.items()})
+NAMES_IN_FILES: Mapping[str, str] = MappingProxyType({f"torch.{theirs}": ours for ours, theirs in NAMES_IN_TORCH.items()})
 DENSE_DTYPES = ("BF16", "F16", "F32")  # of weights that can be quantized
+MAX_SAMPLE_ELEMENTS = 1 << 23  # a row of blocks of 65,536 columns
+
+
+class _TorchDtypes(dict[str, "torch.dtype"]):
+    """Looks a dtype up in torch when it is first asked for: names alone need no torch."""
+
+    def __missing__(self, name: str) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, NAMES_IN_TORCH[name])
+        self[name] = dtype
+        return dtype
+
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = _TorchDtypes()
 
 
 @lru_cache(maxsize=4096)
 def stored_tensors(scheme: Scheme, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-    """(last part of the name, dtype, shape) of what `scheme` stores for a weight, from its encoder run on shapes alone."""
-    weight_NK = torch.empty(shape, dtype=TORCH_DTYPES[dtype], device="meta")
-    stored = scheme.encode_whole(weight_NK)
-    return tuple((suffix, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for suffix, tensor in stored.items())
+    """(last part of the name, dtype, shape) of what `scheme` stores for a weight, from its encoder run on its first rows as zeros."""
+    num_rows = min(shape[0], scheme.row_multiple)
+    # The first operation on the meta device imports torch's compiler, which takes longer than torch: only for what is too wide to hold.
+    device = "cpu" if num_rows * shape[1] <= MAX_SAMPLE_ELEMENTS else "meta"
+    rows_NK = torch.zeros((num_rows, shape[1]), dtype=TORCH_DTYPES[dtype], device=device)
+    shared = torch.ones(1, device=device) if scheme.shares_amax else None
+    by_rows = replace(scheme, observer="minmax").encode(rows_NK, shared=shared)
+    once = scheme.once(shape, TORCH_DTYPES[dtype], shared)
+    return (
+        *((suffix, dtype_name(block), (scheme.line(suffix, shape[0]), *block.shape[1:])) for suffix, block in by_rows.items()),
+        *((suffix, dtype_name(tensor), tuple(tensor.shape)) for suffix, tensor in once.items()),
+    )
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """The name that the dtype of a tensor has in a file."""
+    return NAMES_IN_FILES[str(tensor.dtype)]
 
 
 @lru_cache(maxsize=4096)

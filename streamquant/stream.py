@@ -5,6 +5,8 @@ writing. It owns every thread. What is in memory at any time: a block in each wo
 finding their largest magnitude and encoding them, and what is read ahead of a remote source.
 """
 
+from __future__ import annotations
+
 import logging
 import math
 import queue
@@ -15,10 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from streamquant.checkpoint.journal import Journal
 from streamquant.checkpoint.source import Extent, Reader, Source
@@ -26,6 +25,7 @@ from streamquant.checkpoint.writer import ShardWriter, StepWriter
 from streamquant.errors import CheckpointError
 from streamquant.inputs import Weight
 from streamquant.inputs.weight import Allocate
+from streamquant.lazy import torch
 from streamquant.memory import COPY_BYTES, Memory, row_blocks, row_multiple
 from streamquant.plan import Copy, Encode, Member, Shard, Step
 from streamquant.read_ahead import NUM_BUFFERS, ReadAhead, Reading, Spool, coalesce
@@ -34,6 +34,9 @@ from streamquant.schemes.kernels import Kernels
 from streamquant.schemes.packing import flat
 from streamquant.stored import TORCH_DTYPES
 from streamquant.trace import Trace
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Progress(NamedTuple):
@@ -112,7 +115,7 @@ class _Task:
     num_bytes: int  # of the source, to count progress
     extents: Sequence[Extent]  # all that `work` reads
     work: Callable[[Reader], Any]
-    ends: "_StepInWork | None" = None  # the step of which it is the last task
+    ends: _StepInWork | None = None  # the step of which it is the last task
     future: Future[Any] = field(init=False)  # since it was handed out
 
 

@@ -3,16 +3,15 @@
 Streams: a block of rows at a time. The safetensors library, which shares no code with ours, reads every header as well.
 """
 
+from __future__ import annotations
+
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from streamquant.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from streamquant.checkpoint.checksum import crc32
@@ -23,6 +22,7 @@ from streamquant.checkpoint.open_source import open_source
 from streamquant.checkpoint.source import Reader
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.inputs import Inventory, Stack, Weight, find_weights, no_scheme, read_tensor
+from streamquant.lazy import np, torch
 from streamquant.memory import BLOCK_ELEMENTS, COPY_BYTES, row_blocks
 from streamquant.names import ModelFacts, fused_groups, role_of
 from streamquant.quantization_config import quantized_modules
@@ -30,16 +30,19 @@ from streamquant.read_ahead import Windows
 from streamquant.schemes import Scheme
 from streamquant.stored import DENSE_DTYPES, stored_tensors
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SCALE_BYTES = 1 << 20  # checked at a time
 SCALE_SUFFIXES = {"weight_scale", "weight_scale_inv", "weight_global_scale"}
 # The bits of finite and positive scales, which as integers are in the order of the numbers: smallest and largest.
 GOOD_SCALES = {
-    "BF16": (np.uint16, 1, 0x7F7F),
-    "F16": (np.uint16, 1, 0x7BFF),
-    "F32": (np.uint32, 1, 0x7F7FFFFF),
-    "F8_E4M3": (np.uint8, 1, 0x7E),
-    "F8_E8M0": (np.uint8, 0, 0xFE),
-    "U8": (np.uint8, 0, 0xFE),  # e8m0 under the name that readers take
+    "BF16": ("uint16", 1, 0x7F7F),
+    "F16": ("uint16", 1, 0x7BFF),
+    "F32": ("uint32", 1, 0x7F7FFFFF),
+    "F8_E4M3": ("uint8", 1, 0x7E),
+    "F8_E8M0": ("uint8", 0, 0xFE),
+    "U8": ("uint8", 0, 0xFE),  # e8m0 under the name that readers take
 }
 WORSE_THAN_ZEROS = 1.0
 

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamquant.errors import CheckpointError, RequestError
+from streamquant.report import bits_per_weight
 from streamquant.schemes import SCHEMES, Scheme, find_scheme, scheme_from_config
+from streamquant.stored import dtype_name, stored_bytes, stored_tensors
 from tests import oracles
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -96,13 +98,21 @@ def test_scales_are_positive_and_finite(scheme: Scheme, dtype: torch.dtype) -> N
 
 @each_dtype
 @each_scheme
-def test_shapes_follow_from_the_header_alone(scheme: Scheme, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_shapes_follow_from_the_header_alone(scheme: Scheme, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "meta":
+        monkeypatch.setattr("streamquant.stored.MAX_SAMPLE_ELEMENTS", 0)
     for shape in shapes_of(scheme):
-        planned = scheme.encode_whole(torch.empty(shape, dtype=dtype, device="meta"))
+        planned = stored_tensors.__wrapped__(scheme, shape, dtype_name(torch.empty(0, dtype=dtype)))
         stored = scheme.encode_whole(torch.ones(shape, dtype=dtype))
-        assert {suffix: (tensor.dtype, tensor.shape) for suffix, tensor in planned.items()} == {
-            suffix: (tensor.dtype, tensor.shape) for suffix, tensor in stored.items()
+        assert {suffix: (dtype_, shape_) for suffix, dtype_, shape_ in planned} == {
+            suffix: (dtype_name(tensor), tensor.shape) for suffix, tensor in stored.items()
         }
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES.keys())
+def test_as_many_bits_are_told_as_are_stored(scheme: Scheme) -> None:
+    assert bits_per_weight(scheme) == pytest.approx(8 * stored_bytes(scheme, (4096, 4096), "BF16") / 4096**2, abs=1e-4)
 
 
 @each_scheme

@@ -8,18 +8,22 @@ Nibble k of a word, from the low end, is column 8j + (0, 2, 4, 6, 1, 3, 5, 7)[k]
 zeros 0..15. Source: AutoAWQ, `awq/utils/packing_utils.py`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from streamquant.checkpoint.header import TensorSpec
 from streamquant.errors import CheckpointError
 from streamquant.inputs.weight import Hints, InputFormat, Weight
+from streamquant.lazy import torch
 from streamquant.schemes import Scheme
 from streamquant.schemes.integer import PackedInt
 from streamquant.schemes.units import Scales, dequantize
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NUM_BITS = 4
 PER_WORD = 8

@@ -4,21 +4,25 @@ Tensors and their meaning are those of `schemes`; what a header leaves open (bit
 Older checkpoints may have `weight_g_idx`, I32 [K], the group of each column.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from streamquant.checkpoint.header import TensorSpec
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.inputs.weight import Hints, InputFormat, Weight, group_of_column
+from streamquant.lazy import torch
 from streamquant.schemes import SCHEMES, Scheme
 from streamquant.schemes.integer import ByteInt, PackedInt
 from streamquant.schemes.packing import WORD_BITS
 from streamquant.schemes.units import dequantize
 from streamquant.stored import DENSE_DTYPES, stored_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GROUP_INDEX = "weight_g_idx"
 UNSET = -1  # in it: groups are runs of columns

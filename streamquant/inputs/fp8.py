@@ -7,11 +7,12 @@
 weight = code * scale, in float32, rounded once. DeepSeek-V3 has blocks of 128 x 128; its `weight_dequant` kernel is the source.
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from streamquant.checkpoint.header import TensorSpec
 from streamquant.errors import CheckpointError
@@ -19,6 +20,9 @@ from streamquant.inputs.weight import Hints, InputFormat, Weight, scale_value
 from streamquant.schemes import Scheme
 from streamquant.schemes.fp8 import BLOCK, Fp8
 from streamquant.schemes.units import Scales, dequantize
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCALE_ROLES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")

@@ -9,21 +9,25 @@ weight[n, k] = (code - zero) * scale of the group of k. Transposed, qweight is t
 Source: AutoGPTQ, `nn_modules/qlinear`; GPTQModel, `utils/model.py` for the second format.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from streamquant.checkpoint.header import TensorSpec
 from streamquant.errors import CheckpointError
 from streamquant.inputs.weight import Hints, InputFormat, Weight, group_of_column
+from streamquant.lazy import torch
 from streamquant.schemes import Scheme
 from streamquant.schemes.integer import PackedInt
 from streamquant.schemes.packing import WORD_BITS, unpack_int32
 from streamquant.schemes.units import Scales, dequantize
 from streamquant.stored import DENSE_DTYPES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 

@@ -7,10 +7,11 @@
 weight = code * (weight_scale * weight_scale_2). The same codes and group scales as those of compressed-tensors.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from streamquant.checkpoint.header import TensorSpec
 from streamquant.errors import CheckpointError
@@ -20,6 +21,9 @@ from streamquant.schemes.nvfp4 import GROUP
 from streamquant.schemes.packing import unpack_nibbles
 from streamquant.schemes.rounding import e2m1_value
 from streamquant.schemes.units import dequantize
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

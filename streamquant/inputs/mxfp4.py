@@ -11,15 +11,19 @@ and as DeepSeek-V4 does:
 Line by line both are the bytes of compressed-tensors' `mxfp4-pack-quantized`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from streamquant.checkpoint.header import TensorSpec
 from streamquant.inputs.weight import Hints, InputFormat, Weight
+from streamquant.lazy import torch
 from streamquant.schemes import SCHEMES, Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK_ELEMENTS = 32
 BLOCK_BYTES = 16

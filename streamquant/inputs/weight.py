@@ -7,19 +7,19 @@ of it is ever in memory.
 Legend: N out_features, K in_features, L lines and W elements of a line of a stored tensor, n rows read.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from streamquant.checkpoint.header import DTYPE_BITS, TensorSpec, tensor_bytes
 from streamquant.checkpoint.source import Extent, Reader
 from streamquant.errors import CheckpointError
+from streamquant.lazy import torch
 from streamquant.names import WEIGHT_SUFFIX
 from streamquant.schemes import Scheme
 from streamquant.schemes.fp8 import Fp8
@@ -27,8 +27,11 @@ from streamquant.schemes.integer import ByteInt
 from streamquant.schemes.rounding import e8m0_value
 from streamquant.stored import TORCH_DTYPES
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 E4M3_NAN = 0x7F  # but for the sign
-Allocate = Callable[[str, int], Tensor]  # (role, bytes) -> uint8 memory to read into
+Allocate = Callable[[str, int], "Tensor"]  # (role, bytes) -> uint8 memory to read into
 
 
 def new_memory(role: str, num_bytes: int) -> Tensor:
@@ -247,7 +250,7 @@ class Weight:
             return lines[:, ::step].T.contiguous()
         return lines[::step]
 
-    def _rectangle(self, role: str, start: int, end: int) -> "_Rectangle":
+    def _rectangle(self, role: str, start: int, end: int) -> _Rectangle:
         """Where a stored tensor has the rows start..end, and, if they are not next to each other, what lies between."""
         spec = self.tensors[role]
         first_line, num_lines, width = self._lines(role)

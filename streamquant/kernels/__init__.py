@@ -1,11 +1,15 @@
 """Kernels for particular hardware, with the same bits as the reference in `schemes/kernels.py`."""
 
-from importlib.util import find_spec
+from __future__ import annotations
 
-import torch
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from streamquant.errors import RequestError
 from streamquant.schemes.kernels import TORCH, Kernels
+
+if TYPE_CHECKING:
+    import torch
 
 KERNELS = ("auto", "torch", "numba")
 

@@ -12,8 +12,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.schemes.fp8 import Fp8, NativeFp8
 from streamquant.schemes.integer import ByteInt, PackedInt
@@ -56,9 +54,9 @@ SCHEMES: dict[str, Scheme] = {
 
 # Not quantized: what quantized sources are unpacked to, by the dtype's name in a file and by that of the command line.
 PLAIN: dict[str, Plain] = {
-    "BF16": Plain(preset="BF16", dtype=torch.bfloat16),
-    "F16": Plain(preset="FP16", dtype=torch.float16),
-    "F32": Plain(preset="FP32", dtype=torch.float32),
+    "BF16": Plain(preset="BF16", dtype_name="bfloat16"),
+    "F16": Plain(preset="FP16", dtype_name="float16"),
+    "F32": Plain(preset="FP32", dtype_name="float32"),
 }
 
 NATIVE_FP8 = NativeFp8(preset="FP8_BLOCK", activations=FP8_GROUP)

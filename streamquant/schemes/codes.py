@@ -3,14 +3,18 @@
 Legend: scheme.py.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from streamquant.lazy import torch
 from streamquant.schemes.packing import pack_int32, pack_nibbles, unpack_int32, unpack_nibbles
 from streamquant.schemes.rounding import e2m1_nibble, e2m1_value, round_to_e2m1, round_to_e4m3
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Codes(ABC):

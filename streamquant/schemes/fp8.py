@@ -12,19 +12,22 @@ weight ~ code * scale, scale = amax / 448.
 Legend: scheme.py.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from streamquant.errors import RequestError
+from streamquant.lazy import torch
 from streamquant.schemes.codes import Codes, E4m3
 from streamquant.schemes.mx import MxFp4
 from streamquant.schemes.rounding import FP8_MAX, divide
 from streamquant.schemes.scheme import Scheme, require_scale_dtype, round_scale
 from streamquant.schemes.units import Scales
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK = 128
 

@@ -15,21 +15,24 @@ Source: compressed-tensors, `quantization/utils/helpers.py` (`calculate_qparams`
 Legend: scheme.py.
 """
 
+from __future__ import annotations
+
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from streamquant.errors import RequestError
+from streamquant.lazy import torch
 from streamquant.schemes.codes import ByteIntegers, PackedIntegers
 from streamquant.schemes.packing import WORD_BITS, pack_int32, unpack_int32
 from streamquant.schemes.rounding import divide
 from streamquant.schemes.scheme import Scheme, require_scale_dtype, round_scale
 from streamquant.schemes.units import Scales
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,15 +4,18 @@ Whoever offers them faster, for a processor or a GPU, must give the same bits: `
 Legend: scheme.py; Q candidates.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
-
+from streamquant.lazy import torch
 from streamquant.schemes.codes import Codes
 from streamquant.schemes.rounding import power_2_4, tree_sum
 from streamquant.schemes.units import Scales, cut_units, join_units, quotient
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Kernels(Protocol):

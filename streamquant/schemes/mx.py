@@ -8,18 +8,21 @@ Source: OCP Microscaling Formats 1.0; the choice of the exponent: rounding.e8m0_
 Legend: scheme.py.
 """
 
+from __future__ import annotations
+
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from streamquant.lazy import torch
 from streamquant.schemes.codes import Codes, E2m1, E4m3
 from streamquant.schemes.rounding import e8m0_exponent, e8m0_value
 from streamquant.schemes.scheme import Scheme
 from streamquant.schemes.units import Scales
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GROUP = 32
 EXPONENT_BIAS = 127

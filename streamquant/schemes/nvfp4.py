@@ -11,18 +11,21 @@ Source: compressed-tensors, `quantization/utils/helpers.py` (`generate_gparam`, 
 Legend: scheme.py.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from streamquant.lazy import torch
 from streamquant.schemes.codes import Codes, E2m1
 from streamquant.schemes.mx import MxFp4
 from streamquant.schemes.rounding import FP4_MAX, FP8_MAX, divide, floor_power_of_two, positive_e4m3_value, round_to_e4m3
 from streamquant.schemes.scheme import Scheme, round_scale
 from streamquant.schemes.units import Scales
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GROUP = 16
 CODE_OF_SMALLEST_SCALE = 0x20  # 0.125, of a group of zeros: the epsilon of float8_e4m3fn

@@ -10,15 +10,17 @@ the candidates, so that a search is never worse than minmax under its own norm.
 Legend: R rows of units, C units in a row, a rows and b columns of a unit, B bounds (see scheme.py).
 """
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
-
+from streamquant.lazy import torch
 from streamquant.schemes.kernels import Kernels
 from streamquant.schemes.rounding import power_2_4, power_of_two_multiple
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from streamquant.schemes.scheme import Scheme
 
 
@@ -39,7 +41,7 @@ OBSERVERS: dict[str, SearchGrid | None] = {
 }
 
 
-def observe_units(scheme: "Scheme", weight_NK: Tensor, unit: tuple[int, int], kernels: Kernels) -> Tensor:
+def observe_units(scheme: Scheme, weight_NK: Tensor, unit: tuple[int, int], kernels: Kernels) -> Tensor:
     """Bounds of each unit, float32 [B, R, C], by the scheme's observer. Not finite where a weight is not."""
     extremes_BRC = kernels.extremes(weight_NK, unit, symmetric=scheme.symmetric)
     if scheme.observer == "power_of_two":
@@ -48,7 +50,7 @@ def observe_units(scheme: "Scheme", weight_NK: Tensor, unit: tuple[int, int], ke
     return extremes_BRC if grid is None else _search(scheme, weight_NK, unit, extremes_BRC, grid, kernels)
 
 
-def _search(scheme: "Scheme", weight_NK: Tensor, unit: tuple[int, int], extremes_BRC: Tensor, grid: SearchGrid, kernels: Kernels) -> Tensor:
+def _search(scheme: Scheme, weight_NK: Tensor, unit: tuple[int, int], extremes_BRC: Tensor, grid: SearchGrid, kernels: Kernels) -> Tensor:
     dtype = weight_NK.dtype
     widest_BRC = (extremes_BRC * grid.expand).to(dtype).float()
     # Candidates are numbers of the weight's dtype, as the peer's are.

@@ -12,9 +12,15 @@ Legend: L lines, n codes in a line, W int32 words in a line.
 Source: compressed-tensors, `compressors/pack_quantized` and `nvfp4`.
 """
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from streamquant.lazy import F, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 WORD_BITS = 32
 

@@ -5,24 +5,33 @@
 Legend: scheme.py.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from streamquant.lazy import torch
 from streamquant.schemes.codes import Codes, Numbers
 from streamquant.schemes.kernels import TORCH, Kernels
 from streamquant.schemes.scheme import Scheme
 from streamquant.schemes.units import Scales
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plain(Scheme):
     """The values of a weight, rounded to `dtype`. A code is a value, and every scale is 1."""
 
-    dtype: torch.dtype
+    dtype_name: str  # in torch and in configs
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of what is stored."""
+        dtype: torch.dtype = getattr(torch, self.dtype_name)
+        return dtype
 
     @property
     def format(self) -> str:

@@ -4,10 +4,16 @@ Only operations that IEEE 754 defines exactly are used (+ - * /, comparison, rou
 vector width and every split of a tensor gives the same bits. Any shape; NaN is the caller's business.
 """
 
-import math
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
+from typing import TYPE_CHECKING
+
+from streamquant.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 FP8_MAX = 448.0  # e4m3fn
 FP4_MAX = 6.0  # e2m1

@@ -8,19 +8,22 @@ Legend: N out_features, K in_features, R rows of units, C units in a row of unit
 B bounds: 1 (the largest magnitude, symmetric schemes) or 2 (minimum and maximum, asymmetric ones).
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from streamquant.errors import RequestError
+from streamquant.lazy import torch
 from streamquant.schemes.codes import Codes
 from streamquant.schemes.kernels import TORCH, Kernels
 from streamquant.schemes.observers import observe_units
 from streamquant.schemes.units import Scales, dequantize
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +97,7 @@ class Scheme(ABC):
         """Fields that a user may set, besides `observer`."""
         return frozenset()
 
-    def for_expert(self) -> "Scheme":
+    def for_expert(self) -> Scheme:
         """The scheme for the weight of an expert, where engines read experts in another format."""
         return self
 
@@ -103,7 +106,7 @@ class Scheme(ABC):
         """The magnitude that the scale of a unit maps its largest weight to, where scales can be powers of two."""
         raise RequestError(f"observer {self.observer} is made for floating point codes with floating point scales, not for {self.preset}")
 
-    def exact_for(self, source: "Scheme | None") -> "Scheme":
+    def exact_for(self, source: Scheme | None) -> Scheme:
         """The scheme for weights that `source` stored: with settings under which it changes no value, where there are such."""
         del source
         return self

@@ -3,10 +3,14 @@
 Legend: scheme.py.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
+
+from streamquant.lazy import F
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Scales(NamedTuple):
