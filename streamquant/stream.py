@@ -381,6 +381,7 @@ class _Engine:
             piece = self._read(Extent(extent.file, start, min(start + COPY_CHUNK_BYTES, extent.end)), reader)
             with self._trace.span("write"):
                 output.write(start + moved, piece)
+        output.flush_soon(extent.start + moved, extent.end + moved)
 
     def _keep(self, extent: Extent, spool: Spool, reader: Reader) -> None:
         spool.write(extent.file, extent.start, self._read(extent, reader))
@@ -405,6 +406,7 @@ class _Engine:
         for row, weight_NK in self._blocks(member, start, end, scheme, reader):
             finite_NK, bounds_BRC = self._observe(weight_NK, member, scheme)
             self._encode_block(member, output, row, scheme, finite_NK, bounds_BRC, shared)
+        _flush_soon(member, output, start, end, scheme)
         if start == 0:
             self._store_once(member, scheme, output, shared)
 
@@ -414,6 +416,7 @@ class _Engine:
         stored: dict[str, Tensor] = {}
         for row, stored in self._stored_blocks(weight, start, end, scheme, reader, self._buffer):
             self._store(member, output, row, weight.repack(stored, scheme), scheme)
+        _flush_soon(member, output, start, end, scheme)
         if start == 0:
             self._store_once(member, scheme, output, weight.format.shared(stored) if scheme.shares_amax else None)
 
@@ -449,6 +452,7 @@ class _Engine:
         for member, row, weight_NK, bounds_BRC in kept:
             self._encode_block(member, output, row, scheme, weight_NK, bounds_BRC, shared)
         for member in step.members:
+            _flush_soon(member, output, 0, member.weight.shape[0], scheme)
             self._store_once(member, scheme, output, shared)
 
     def _blocks(
@@ -566,6 +570,13 @@ def _read_kept(work: Callable[[Reader], Any], spool: Spool, keeping: Sequence[_T
     for task in keeping:
         task.future.result()
     return work(spool)
+
+
+def _flush_soon(member: Member, output: StepWriter, start: int, end: int, scheme: Scheme) -> None:
+    """Have the disk begin with the rows start..end of the largest tensor that is stored."""
+    spec = max(member.stored, key=lambda spec: spec.num_bytes)
+    line_bytes, suffix = spec.num_bytes // spec.shape[0], spec.name.rpartition(".")[2]
+    output.flush_soon(spec.start + scheme.line(suffix, start) * line_bytes, spec.start + scheme.line(suffix, end) * line_bytes)
 
 
 def _largest(bounds: Tensor) -> float:
