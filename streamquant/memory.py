@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,6 +28,8 @@ from streamquant.sizes import MEBIBYTE, enough_mebibytes
 
 BLOCK_ELEMENTS = 1 << 18  # operations of torch on them about fit a 2 MB L2 cache
 GPU_BLOCK_ELEMENTS = 1 << 24
+BATCH_BLOCKS = 4
+SMALL_PART = 4  # weights of this part of a batch are small: calls would take longer than computing
 COPY_BYTES = 8 << 20
 MAX_KEEP_BYTES = 64 << 20
 MIN_READ_BYTES = 1 << 20
@@ -46,6 +49,7 @@ class Memory(NamedTuple):
     num_workers: int
     block_elements: int  # of weights that are decoded
     plain_block_elements: int  # of those that are stored as they are
+    batch_elements: int  # of small weights that are computed together; 0 if none are
     keep_bytes: int  # per worker: weights that share a scale are read once up to this, larger ones twice
     read_bytes: int  # per worker: what is read at a time of weights that are no plain tensors; 0 if there are none
     peak_bytes: int  # predicted
@@ -107,8 +111,11 @@ def budget_memory(
     plain_block_elements = block_elements * TORCH.working_bytes // working_bytes
     block_bytes, culprit = COPY_BYTES, ""
     reads_parts = False
+    smallest = sys.maxsize
     for step in plan.steps:
         if isinstance(step, Encode):
+            if not step.scheme.shares_amax:
+                smallest = min(smallest, sum(member.weight.num_elements for member in step.members))
             for member in step.members:
                 num_rows, num_columns = member.weight.shape
                 reads_parts = reads_parts or not member.weight.is_plain
@@ -132,6 +139,8 @@ def budget_memory(
         ahead = min(max(max_bytes // 4, ahead), MAX_READ_AHEAD_BYTES, max_bytes - needed)
     num_workers = max(min(num_workers, (max_bytes - ahead) // needed), 1)
     left = (max_bytes - ahead) // num_workers - block_bytes
+    batch_elements = 0 if is_remote else min(BATCH_BLOCKS * plain_block_elements, (block_bytes + left) // working_bytes)
+    batch_bytes = batch_elements * working_bytes if smallest <= batch_elements // SMALL_PART else 0
     if reads_parts:
         read_bytes = max(min(left // 4, MAX_READ_BYTES), MIN_READ_BYTES)
     keep_bytes = min(left - 2 * read_bytes, MAX_KEEP_BYTES)
@@ -142,13 +151,13 @@ def budget_memory(
         if isinstance(step, Encode) and step.scheme.shares_amax
     ]
     kept = max((num_bytes for num_bytes in shared if num_bytes <= keep_bytes), default=0)
-    peak_bytes = num_workers * (block_bytes + 2 * read_bytes + kept * 5 // 4) + ahead
+    peak_bytes = num_workers * (max(block_bytes, batch_bytes) + 2 * read_bytes + kept * 5 // 4) + ahead
     if container is not None and peak_bytes > container.working_bytes:
         fits = max(container.working_bytes - SPARE_BYTES, needed + ahead)
         refusal = container.refusal(peak_bytes, f"--max-memory {enough_mebibytes(max_bytes)}")
         raise RequestError(f"{refusal}, and so does --max-memory {enough_mebibytes(fits)}")
     limit_bytes = None if container is None else container.limit_bytes
-    return Memory(num_workers, block_elements, plain_block_elements, keep_bytes, read_bytes, peak_bytes, ahead, limit_bytes)
+    return Memory(num_workers, block_elements, plain_block_elements, batch_elements, keep_bytes, read_bytes, peak_bytes, ahead, limit_bytes)
 
 
 def row_multiple(weight: Weight, scheme: Scheme) -> int:

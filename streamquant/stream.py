@@ -26,7 +26,7 @@ from streamquant.errors import CheckpointError
 from streamquant.inputs import Weight
 from streamquant.inputs.weight import Allocate
 from streamquant.lazy import torch
-from streamquant.memory import COPY_BYTES, Memory, row_blocks, row_multiple
+from streamquant.memory import COPY_BYTES, SMALL_PART, Memory, row_blocks, row_multiple
 from streamquant.plan import Copy, Encode, Member, Shard, Step
 from streamquant.read_ahead import NUM_BUFFERS, ReadAhead, Reading, Spool, coalesce
 from streamquant.schemes import Scheme
@@ -115,7 +115,7 @@ class _Task:
     num_bytes: int  # of the source, to count progress
     extents: Sequence[Extent]  # all that `work` reads
     work: Callable[[Reader], Any]
-    ends: _StepInWork | None = None  # the step of which it is the last task
+    ends: Sequence[_StepInWork] = ()  # the steps of which it is the last task
     future: Future[Any] = field(init=False)  # since it was handed out
 
 
@@ -127,7 +127,22 @@ class _StepInWork:
     writer: ShardWriter
     index: int
     output: StepWriter
-    tasks: Sequence[_Task]
+    tasks: Sequence[_Task] = ()
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Small steps that are encoded together."""
+
+    in_work: list[_StepInWork] = field(default_factory=list)
+    steps: list[Encode] = field(default_factory=list)
+    num_elements: int = 0
+
+    def add(self, in_work: _StepInWork, step: Encode) -> None:
+        """Put a step to the others."""
+        self.in_work.append(in_work)
+        self.steps.append(step)
+        self.num_elements += sum(member.weight.num_elements for member in step.members)
 
 
 @dataclass(slots=True)
@@ -286,14 +301,45 @@ class _Engine:
 
     def _groups(self, shard: Shard, writer: ShardWriter) -> Iterator[Sequence[_Task]]:
         """The tasks of the steps, in groups whose bytes are fetched together."""
+        batches: dict[tuple[Scheme, int, str], _Batch] = {}
         for index, step in enumerate(shard.steps):
             if index in writer.finished:
                 continue
             output = StepWriter(writer)
+            if isinstance(step, Encode) and self._may_be_batched(step):
+                weight = step.members[0].weight
+                batch = batches.setdefault((step.scheme, weight.shape[1], weight.dtype), _Batch())
+                batch.add(_StepInWork(shard, writer, index, output), step)
+                if batch.num_elements > self._memory.batch_elements - self._small_elements:
+                    yield [self._batch_task(batches.pop((step.scheme, weight.shape[1], weight.dtype)))]
+                continue
             tasks = list(self._tasks(step, output))
             if tasks:
-                tasks[-1].ends = _StepInWork(shard, writer, index, output, tasks)
+                tasks[-1].ends = [_StepInWork(shard, writer, index, output, tasks)]
                 yield from self._fitting(step, tasks)
+        yield from ([self._batch_task(batch)] for batch in batches.values())
+
+    @property
+    def _small_elements(self) -> int:
+        """A step of at most so many elements is computed together with others."""
+        return self._memory.batch_elements // SMALL_PART
+
+    def _may_be_batched(self, step: Encode) -> bool:
+        if step.scheme.shares_amax or step.keeps_codes:
+            return False
+        weights = [member.weight for member in step.members]
+        return sum(weight.num_elements for weight in weights) <= self._small_elements and all(
+            weight.is_plain and weight.dtype == weights[0].dtype and weight.shape[0] % step.scheme.row_multiple == 0 for weight in weights
+        )
+
+    def _batch_task(self, batch: _Batch) -> _Task:
+        weights = [member.weight for step in batch.steps for member in step.members]
+        extents = [extent for step in batch.steps for extent in _all_extents(step)]
+        task = _Task(weights[0].name, sum(weight.num_bytes for weight in weights), extents, partial(self._encode_batch, batch))
+        task.ends = batch.in_work
+        for step_in_work in batch.in_work:
+            step_in_work.tasks = [task]
+        return task
 
     def _fitting(self, step: Step, tasks: Sequence[_Task]) -> Iterator[Sequence[_Task]]:
         """The tasks of a step, in groups that fit what is read ahead."""
@@ -352,9 +398,9 @@ class _Engine:
         self._recorder.check()
         task.future = self._workers.submit(self._run, task, reading)
         task.future.add_done_callback(lambda _: self._slots.release())
-        if task.ends is not None:
-            self._recorder.put(task.ends)
-            task.ends = None  # leaves no cycle: the command line has garbage collected after a million objects
+        for step_in_work in task.ends:
+            self._recorder.put(step_in_work)
+        task.ends = ()  # leaves no cycle: the command line has garbage collected after a million objects
 
     def _run(self, task: _Task, reading: Reading | None) -> Any:
         try:
@@ -381,7 +427,6 @@ class _Engine:
             piece = self._read(Extent(extent.file, start, min(start + COPY_CHUNK_BYTES, extent.end)), reader)
             with self._trace.span("write"):
                 output.write(start + moved, piece)
-        output.flush_soon(extent.start + moved, extent.end + moved)
 
     def _keep(self, extent: Extent, spool: Spool, reader: Reader) -> None:
         spool.write(extent.file, extent.start, self._read(extent, reader))
@@ -406,9 +451,35 @@ class _Engine:
         for row, weight_NK in self._blocks(member, start, end, scheme, reader):
             finite_NK, bounds_BRC = self._observe(weight_NK, member, scheme)
             self._encode_block(member, output, row, scheme, finite_NK, bounds_BRC, shared)
-        _flush_soon(member, output, start, end, scheme)
         if start == 0:
             self._store_once(member, scheme, output, shared)
+
+    def _encode_batch(self, batch: _Batch, reader: Reader) -> None:
+        """Encode steps of one scheme, one number of columns and one dtype as if they were one weight."""
+        scheme = batch.steps[0].scheme
+        members = [(member, work.output, step) for work, step in zip(batch.in_work, batch.steps, strict=True) for member in step.members]
+        first = members[0][0].weight
+        memory = self._buffer("batch", sum(member.weight.num_bytes for member, _, _ in members))
+        pieces = _Pieces(memory)
+        with self._trace.span("read"):
+            for member, _, _ in members:
+                member.weight.read(reader, 0, member.weight.shape[0], pieces.take)
+        weight_NK = memory.view(TORCH_DTYPES[first.dtype]).view(-1, first.shape[1]).to(self._device)
+        with self._trace.span("observe"):
+            bounds_BRC = scheme.observe(weight_NK, kernels=self._kernels)
+        if not math.isfinite(_largest(bounds_BRC)):
+            for member, output, step in members:  # finds the one
+                self._encode(step, member, 0, member.weight.shape[0], output, reader)
+            return
+        with self._trace.span("encode"):
+            stored = scheme.encode(weight_NK, bounds_BRC, kernels=self._kernels)
+        start = 0
+        for member, output, _ in members:
+            end = start + member.weight.shape[0]
+            rows = {suffix: tensor[scheme.line(suffix, start) : scheme.line(suffix, end)] for suffix, tensor in stored.items()}
+            self._store(member, output, 0, rows, scheme)
+            self._store_once(member, scheme, output, None)
+            start = end
 
     def _repack(self, step: Encode, member: Member, start: int, end: int, output: StepWriter, reader: Reader) -> None:
         """Store the codes and scales that the source has."""
@@ -416,7 +487,6 @@ class _Engine:
         stored: dict[str, Tensor] = {}
         for row, stored in self._stored_blocks(weight, start, end, scheme, reader, self._buffer):
             self._store(member, output, row, weight.repack(stored, scheme), scheme)
-        _flush_soon(member, output, start, end, scheme)
         if start == 0:
             self._store_once(member, scheme, output, weight.format.shared(stored) if scheme.shares_amax else None)
 
@@ -452,7 +522,6 @@ class _Engine:
         for member, row, weight_NK, bounds_BRC in kept:
             self._encode_block(member, output, row, scheme, weight_NK, bounds_BRC, shared)
         for member in step.members:
-            _flush_soon(member, output, 0, member.weight.shape[0], scheme)
             self._store_once(member, scheme, output, shared)
 
     def _blocks(
@@ -570,13 +639,6 @@ def _read_kept(work: Callable[[Reader], Any], spool: Spool, keeping: Sequence[_T
     for task in keeping:
         task.future.result()
     return work(spool)
-
-
-def _flush_soon(member: Member, output: StepWriter, start: int, end: int, scheme: Scheme) -> None:
-    """Have the disk begin with the rows start..end of the largest tensor that is stored."""
-    spec = max(member.stored, key=lambda spec: spec.num_bytes)
-    line_bytes, suffix = spec.num_bytes // spec.shape[0], spec.name.rpartition(".")[2]
-    output.flush_soon(spec.start + scheme.line(suffix, start) * line_bytes, spec.start + scheme.line(suffix, end) * line_bytes)
 
 
 def _largest(bounds: Tensor) -> float:

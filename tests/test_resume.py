@@ -120,7 +120,8 @@ def test_steps_whose_file_is_not_what_it_was_are_done_again(source: Path, tmp_pa
     assert file_bytes(out) == whole
 
 
-def test_weights_that_an_earlier_run_found_not_to_be_finite_are_reported(tmp_path: Path) -> None:
+def test_weights_that_an_earlier_run_found_not_to_be_finite_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamquant.memory.BATCH_BLOCKS", 0)  # one by one, to be stopped in between
     layers = attention() | mlp("model.layers.0.mlp")
     layers["model.layers.0.self_attn.q_proj.weight"][3, 5] = torch.nan
     layers["model.layers.0.mlp.down_proj.weight"][3, 5] = torch.inf

@@ -43,8 +43,23 @@ def _move(crc: int, num_bytes: int) -> int:
     """What bytes of this CRC-32 add with `num_bytes` behind them: times x**(8 * num_bytes)."""
     for bit in range(num_bytes.bit_length()):
         if num_bytes >> bit & 1:
-            crc = _multiply(_square(bit), crc)
+            of_byte = _products(bit)
+            crc = of_byte[0][crc & 255] ^ of_byte[1][crc >> 8 & 255] ^ of_byte[2][crc >> 16 & 255] ^ of_byte[3][crc >> 24]
     return crc
+
+
+@lru_cache
+def _products(bit: int) -> tuple[list[int], ...]:
+    """The products of x**(8 * 2**bit) with all polynomials of which one byte, first to last, is not 0."""
+    factor = _square(bit)
+    tables = []
+    for shift in (0, 8, 16, 24):
+        products = [0] * 256
+        for byte in range(1, 256):
+            lowest = byte & -byte
+            products[byte] = _multiply(factor, byte << shift) if byte == lowest else products[lowest] ^ products[byte - lowest]
+        tables.append(products)
+    return tuple(tables)
 
 
 @lru_cache

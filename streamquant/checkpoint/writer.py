@@ -5,6 +5,8 @@ file before it has its name, its name before the journal says so, and every file
 """
 
 import os
+import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -12,6 +14,8 @@ from typing import Self
 
 from streamquant.checkpoint.checksum import Checksum
 
+WRITE_BEHIND_BYTES = 16 << 20
+NOTHING = (sys.maxsize, 0)
 NO_STEPS: Mapping[int, int] = MappingProxyType({})
 
 
@@ -24,6 +28,8 @@ class ShardWriter:
     def __init__(self, path: Path, *, header: bytes, num_bytes: int, finished: Mapping[int, int] = NO_STEPS):
         self.path = path
         self.num_bytes = num_bytes
+        self._lock = threading.Lock()
+        self._idle, self._idle_bytes = NOTHING, 0  # from the first to the last byte that the disk was not told of, and how many
         goes_on = bool(finished) and path.is_file() and path.stat().st_size == num_bytes
         self.finished = dict(finished) if goes_on else {}
         truncate = 0 if goes_on else os.O_TRUNC
@@ -50,6 +56,19 @@ class ShardWriter:
         for checksum in self.finished.values():
             value ^= checksum
         return value
+
+    def write(self, start: int, buffer: memoryview) -> None:
+        """Write all of `buffer` at byte `start`. The disk begins with it soon, so that it does not stand idle until somebody waits."""
+        written = 0
+        while written < len(buffer):
+            written += os.pwrite(self.descriptor, buffer[written:], start + written)
+        with self._lock:
+            self._idle_bytes += written
+            self._idle = min(self._idle[0], start), max(self._idle[1], start + written)
+            if self._idle_bytes < WRITE_BEHIND_BYTES:
+                return
+            (start, end), self._idle, self._idle_bytes = self._idle, NOTHING, 0
+        os.posix_fadvise(self.descriptor, start, end - start, os.POSIX_FADV_DONTNEED)  # starts writing; what is not on the disk is kept
 
     def flush(self) -> None:
         """Wait until what was written is on the disk."""
@@ -78,14 +97,8 @@ class StepWriter:
 
     def write(self, start: int, buffer: memoryview) -> None:
         """Write all of `buffer` at byte `start`."""
-        written = 0
-        while written < len(buffer):
-            written += os.pwrite(self._writer.descriptor, buffer[written:], start + written)
+        self._writer.write(start, buffer)
         self._checksum.add(start, buffer)
-
-    def flush_soon(self, start: int, end: int) -> None:
-        """Have the disk begin with these bytes, without waiting for it, so that it does not stand idle until somebody waits."""
-        os.posix_fadvise(self._writer.descriptor, start, end - start, os.POSIX_FADV_DONTNEED)  # what is not on the disk is kept
 
     @property
     def checksum(self) -> int:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from streamquant.errors import RequestError
-from streamquant.lazy import torch
+from streamquant.lazy import np, torch
 from streamquant.schemes.codes import ByteIntegers, PackedIntegers
 from streamquant.schemes.packing import WORD_BITS, pack_int32, unpack_int32
 from streamquant.schemes.rounding import divide
@@ -146,7 +146,7 @@ class PackedInt(_Integer):
 
     def once(self, shape: tuple[int, int], dtype: torch.dtype, shared: Tensor | None) -> dict[str, Tensor]:
         del dtype, shared
-        return {"weight_shape": torch.tensor(shape, dtype=torch.int64)}
+        return {"weight_shape": torch.from_numpy(np.array(shape, dtype=np.int64))}
 
     def scales(self, bounds_BRC: Tensor, dtype: torch.dtype, shared: Tensor | None) -> Scales:
         del shared
