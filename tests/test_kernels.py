@@ -1,5 +1,8 @@
 """Kernels for particular hardware give the bits of the reference, which test_schemes.py and test_observers.py compare with the oracles."""
 
+import os
+import subprocess
+import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
@@ -108,6 +111,14 @@ def test_what_is_installed_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_kernels("auto", CPU) is TORCH
     with pytest.raises(RequestError, match=r"pip install 'streamquant\[fast\]'"):
         find_kernels("numba", CPU)
+
+
+def test_kernels_are_compiled_each_time_where_they_cannot_be_kept(tmp_path: Path) -> None:
+    code = "import torch; from streamquant.kernels import find_kernels; k = find_kernels('numba', torch.device('cpu'));"
+    code += "print(k.extremes(torch.ones(2, 64), (1, 32), symmetric=True).sum().item())"
+    nowhere = os.environ | {"NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator", "NUMBA_CACHE_DIR": ""}
+    run = subprocess.run([sys.executable, "-c", code], env=nowhere, capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr) == ("4.0\n", "")
 
 
 @pytest.mark.parametrize(("name", "device", "said"), [("cuda", "cpu", "known are auto, torch"), ("numba", "cuda", "for the CPU")])

@@ -6,7 +6,7 @@ written in LLVM's own instructions: numba would widen integers to 64 bits and ke
 LLVM neither reorders nor contracts floating point operations, so every processor gives the same result.
 
 bfloat16 comes as uint16, float32 as itself, and float16 is widened before.
-Compiled functions are kept on disk (NUMBA_CACHE_DIR, else beside this file or in the user's cache).
+Compiled functions are kept on disk (NUMBA_CACHE_DIR, else beside this file or in the user's cache), if there is a place for them.
 Legend: schemes/scheme.py; Q candidates, U units.
 """
 
@@ -27,7 +27,19 @@ from streamquant.schemes.packing import WORD_BITS
 from streamquant.schemes.rounding import FP4_MAX, FP8_MAX, MANTISSA_BITS
 from streamquant.schemes.units import Scales
 
-compiled = njit(nogil=True, error_model="numpy", cache=True)
+
+def _can_be_kept() -> bool:
+    """Whether numba finds a folder for what it compiles. In a container there may be none that can be written to."""
+    try:
+        njit(cache=True)(_can_be_kept)
+    except RuntimeError as error:
+        if "no locator available" not in str(error):
+            raise
+        return False
+    return True
+
+
+compiled = njit(nogil=True, error_model="numpy", cache=_can_be_kept())
 
 LANES = 16  # float32 numbers of the widest vectors
 MAGNITUDE = 0x7FFFFFFF
