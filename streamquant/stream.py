@@ -1,8 +1,9 @@
 """The engine: streams the steps of a plan through a pool of workers, a block of rows at a time.
 
 A worker reads a block, quantizes it and writes what comes out at its planned place; two workers overlap reading, computing and
-writing. It owns every thread. What is in memory at any time: a block in each worker, the fused weights that a worker keeps between
-finding their largest magnitude and encoding them, and what is read ahead of a remote source.
+writing, and on GPUs (lane.py) copying. Workers of all devices take their tasks from one queue. What is in memory at any time: a block in
+each worker, the fused weights that a worker keeps between finding their largest magnitude and encoding them, and what is read
+ahead of a remote source.
 """
 
 import logging
@@ -24,12 +25,12 @@ from streamquant.checkpoint.source import Extent, Reader, Source
 from streamquant.checkpoint.writer import ShardWriter, StepWriter
 from streamquant.errors import CheckpointError
 from streamquant.inputs import Weight
+from streamquant.lane import Lane, make_lanes
 from streamquant.memory import COPY_BYTES, Memory, row_blocks, row_multiple
 from streamquant.plan import Copy, Encode, Member, Shard, Step
 from streamquant.read_ahead import NUM_BUFFERS, ReadAhead, Reading, Spool, coalesce
 from streamquant.schemes import Scheme
 from streamquant.schemes.kernels import Kernels
-from streamquant.schemes.packing import flat
 from streamquant.stored import TORCH_DTYPES
 
 
@@ -59,7 +60,7 @@ def stream_shards(
     work: Path,
     journal: Journal,
     memory: Memory,
-    device: torch.device,
+    devices: Sequence[torch.device],
     kernels: Kernels,
     allow_nonfinite: bool,
     on_progress: OnProgress | None = None,
@@ -73,7 +74,7 @@ def stream_shards(
     total = sum(step.source_bytes for shard in shards for index, step in enumerate(shard.steps) if index not in journal.steps[shard.file])
     with (
         _Recorder(journal, out) as recorder,
-        _Engine(source, recorder, work, memory, device, kernels, allow_nonfinite, total, on_progress) as engine,
+        _Engine(source, recorder, work, memory, devices, kernels, allow_nonfinite, total, on_progress) as engine,
     ):
         for shard in shards:
             recorder.wait_for_room()
@@ -222,17 +223,18 @@ class _Engine:
         recorder: _Recorder,
         work: Path,
         memory: Memory,
-        device: torch.device,
+        devices: Sequence[torch.device],
         kernels: Kernels,
         allow_nonfinite: bool,
         total: int,
         on_progress: OnProgress | None,
     ):
         self._source, self._recorder, self._work, self._memory = source, recorder, work, memory
-        self._device, self._kernels, self._allow_nonfinite = device, kernels, allow_nonfinite
+        self._kernels, self._allow_nonfinite = kernels, allow_nonfinite
         self._total, self._on_progress, self._done = total, on_progress, 0
         self._lock = threading.Lock()
-        self._buffers = threading.local()
+        self._lanes = make_lanes(devices, memory)
+        self._own = threading.local()  # of a worker: its lane
         self._slots = threading.Semaphore(QUEUED_TASKS * memory.num_workers)
         self._failure: BaseException | None = None
         reads_ahead = memory.read_ahead_bytes and source.num_connections  # which it has not if all was downloaded since the plan
@@ -243,7 +245,7 @@ class _Engine:
         torch.empty(MALLOC_LESSON_BYTES, dtype=torch.uint8)
         # A worker runs one operation at a time; threads of torch's own would only fight over the cores.
         self._torch_threads = torch.get_num_threads()
-        self._workers = ThreadPoolExecutor(memory.num_workers, "streamquant", initializer=torch.set_num_threads, initargs=(1,))
+        self._workers = ThreadPoolExecutor(memory.num_workers, "streamquant", initializer=self._start_worker)
 
     def __enter__(self) -> Self:
         return self
@@ -347,7 +349,8 @@ class _Engine:
         try:
             if self._failure is not None:
                 raise self._failure
-            result = task.work(reading or self._source)
+            with self._lane.running():
+                result = task.work(reading or self._source)
             with self._lock:
                 self._done += task.num_bytes
                 if self._on_progress is not None:
@@ -362,6 +365,15 @@ class _Engine:
 
     # --- work, in a worker ------------------------------------------------------------------------------------------
 
+    def _start_worker(self) -> None:
+        torch.set_num_threads(1)
+        self._own.lane = self._lanes.pop(0)
+
+    @property
+    def _lane(self) -> Lane:
+        lane: Lane = self._own.lane
+        return lane
+
     def _copy(self, step: Copy, extent: Extent, output: StepWriter, reader: Reader) -> None:
         moved = step.output.start - step.source.start
         for start in range(extent.start, extent.end, COPY_CHUNK_BYTES):
@@ -372,7 +384,7 @@ class _Engine:
         spool.write(extent.file, extent.start, self._read(extent, reader))
 
     def _read(self, extent: Extent, reader: Reader) -> memoryview:
-        buffer: memoryview = self._buffer("copy", extent.num_bytes).numpy().data
+        buffer: memoryview = self._lane.buffer("copy", extent.num_bytes).numpy().data
         reader.read(extent.file, extent.start, buffer)
         return buffer
 
@@ -389,18 +401,18 @@ class _Engine:
         scheme = step.scheme
         for row, weight_NK in self._blocks(member, start, end, scheme, reader):
             finite_NK, bounds_BRC = self._observe(weight_NK, member, scheme)
-            _store(member, output, row, scheme.encode(finite_NK, bounds_BRC, shared=shared, kernels=self._kernels), scheme)
+            self._store(member, output, row, scheme.encode(finite_NK, bounds_BRC, shared=shared, kernels=self._kernels), scheme)
         if start == 0:
-            _store_once(member, scheme, output, shared)
+            self._store_once(member, scheme, output, shared)
 
     def _repack(self, step: Encode, member: Member, start: int, end: int, output: StepWriter, reader: Reader) -> None:
         """Store the codes and scales that the source has."""
         weight, scheme = member.weight, step.scheme
         stored: dict[str, Tensor] = {}
         for row, stored in self._stored_blocks(weight, start, end, scheme, reader):
-            _store(member, output, row, weight.repack(stored, scheme), scheme)
+            self._store(member, output, row, weight.repack(stored, scheme), scheme)
         if start == 0:
-            _store_once(member, scheme, output, weight.format.shared(stored) if scheme.shares_amax else None)
+            self._store_once(member, scheme, output, weight.format.shared(stored) if scheme.shares_amax else None)
 
     def _shares_already(self, step: Encode, reader: Reader) -> bool:
         """Whether the members of a step share in the source what their scheme wants them to share."""
@@ -420,22 +432,22 @@ class _Engine:
         kept = []
         for member in step.members:
             # In one piece: blocks kept one by one between temporaries would tear the heap apart.
-            whole_NK = torch.empty(member.weight.shape, dtype=TORCH_DTYPES[member.weight.dtype], device=self._device)
+            whole_NK = torch.empty(member.weight.shape, dtype=TORCH_DTYPES[member.weight.dtype], device=self._lane.device)
             for row, weight_NK in self._blocks(member, 0, len(whole_NK), scheme, reader):
                 finite_NK, bounds_BRC = self._observe(weight_NK, member, scheme)
                 block_NK = whole_NK[row : row + len(finite_NK)].copy_(finite_NK)
                 kept.append((member, row, block_NK, bounds_BRC))
         shared = self._share(step, [_largest([bounds_BRC for *_, bounds_BRC in kept])])
         for member, row, weight_NK, bounds_BRC in kept:
-            _store(member, output, row, scheme.encode(weight_NK, bounds_BRC, shared=shared, kernels=self._kernels), scheme)
+            self._store(member, output, row, scheme.encode(weight_NK, bounds_BRC, shared=shared, kernels=self._kernels), scheme)
         for member in step.members:
-            _store_once(member, scheme, output, shared)
+            self._store_once(member, scheme, output, shared)
 
     def _blocks(self, member: Member, start: int, end: int, scheme: Scheme, reader: Reader) -> Iterator[tuple[int, Tensor]]:
         """(first row, weight_NK on the device) for blocks of the rows start..end. A block may overwrite the one before."""
         weight = member.weight
         for row, stored in self._stored_blocks(weight, start, end, scheme, reader):
-            yield row, weight.decode({role: tensor.to(self._device) for role, tensor in stored.items()})
+            yield row, weight.decode(self._lane.to_device(stored))
 
     def _stored_blocks(
         self, weight: Weight, start: int, end: int, scheme: Scheme, reader: Reader
@@ -448,20 +460,12 @@ class _Engine:
             read_elements = self._memory.read_bytes * weight.num_elements // max(weight.num_bytes, 1)
         for read in row_blocks(end - start, num_columns, row_multiple=multiple, max_elements=read_elements):
             first, last = start + read[0], start + read[1]
-            stored = weight.read(reader, first, last, self._buffer)
+            stored = weight.read(reader, first, last, self._lane.memory_to_read())
             if weight.is_plain:
                 yield first, stored
                 continue
             for block in row_blocks(last - first, num_columns, row_multiple=multiple, max_elements=self._memory.block_elements):
                 yield first + block[0], weight.select(stored, first + block[0], first + block[1], of_start=first)
-
-    def _buffer(self, role: str, num_bytes: int) -> Tensor:
-        """Memory of this worker, used again and again."""
-        buffer: Tensor | None = getattr(self._buffers, role, None)
-        if buffer is None or len(buffer) < num_bytes:
-            buffer = torch.empty(num_bytes, dtype=torch.uint8)
-            setattr(self._buffers, role, buffer)
-        return buffer[:num_bytes]
 
     def _observe(self, weight_NK: Tensor, member: Member, scheme: Scheme) -> tuple[Tensor, Tensor]:
         """The weight, with zeros in place of what is not finite, and its bounds. Raises CheckpointError unless that is allowed."""
@@ -475,9 +479,19 @@ class _Engine:
         finite_NK = weight_NK.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         return finite_NK, scheme.observe(finite_NK, kernels=self._kernels)
 
+    def _store(self, member: Member, output: StepWriter, row: int, stored: Mapping[str, Tensor], scheme: Scheme) -> None:
+        for suffix, bytes_of in self._lane.to_host(stored).items():
+            spec = member.place(suffix)
+            line_bytes = spec.num_bytes // spec.shape[0]
+            output.write(spec.start + scheme.line(suffix, row) * line_bytes, bytes_of)
+
+    def _store_once(self, member: Member, scheme: Scheme, output: StepWriter, shared: Tensor | None) -> None:
+        once = scheme.once(member.weight.shape, TORCH_DTYPES[member.weight.dtype], shared)
+        self._store(member, output, 0, once, scheme)
+
     def _share(self, step: Encode, amaxes: Sequence[float]) -> Tensor:
         amax = torch.tensor([max(amaxes)], dtype=torch.float32)
-        return step.scheme.share(amax, TORCH_DTYPES[step.members[0].weight.dtype]).to(self._device)
+        return step.scheme.share(amax, TORCH_DTYPES[step.members[0].weight.dtype]).to(self._lane.device)
 
 
 def _all_extents(step: Encode) -> list[Extent]:
@@ -497,22 +511,6 @@ def _read_kept(work: Callable[[Reader], Any], spool: Spool, keeping: Sequence[_T
     return work(spool)
 
 
-def _store(member: Member, output: StepWriter, row: int, stored: Mapping[str, Tensor], scheme: Scheme) -> None:
-    for suffix, tensor in stored.items():
-        spec = member.place(suffix)
-        line_bytes = spec.num_bytes // spec.shape[0]
-        output.write(spec.start + scheme.line(suffix, row) * line_bytes, _bytes(tensor))
-
-
-def _store_once(member: Member, scheme: Scheme, output: StepWriter, shared: Tensor | None) -> None:
-    once = scheme.once(member.weight.shape, TORCH_DTYPES[member.weight.dtype], shared)
-    _store(member, output, 0, once, scheme)
-
-
 def _largest(bounds: Sequence[Tensor]) -> float:
     """The largest magnitude. No tensor: small ones that outlive large ones tear the heap apart, which then grows with the model."""
     return float(torch.stack([bound.abs().amax() for bound in bounds]).amax())
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return flat(tensor.cpu()).view(torch.uint8).numpy().data
