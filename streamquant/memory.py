@@ -30,8 +30,8 @@ from streamquant.sizes import MEBIBYTE, enough_mebibytes
 BLOCK_ELEMENTS = 1 << 18  # operations of torch on them about fit a 2 MB L2 cache
 GPU_BLOCK_ELEMENTS = 1 << 23  # a task of bfloat16: enough to hide what starting kernels costs
 MIN_GPU_BLOCK_ELEMENTS = 1 << 20
-# For each element of a block: the temporaries of the reference, which other kernels use as well, and what a search of 112 candidates has
-# for groups of 16, as much again as an allocator loses that cuts memory into pieces.
+# For each element of a block: the temporaries of the reference (40), to which other kernels leave some weights, what a search has for
+# groups of 16 (22), and half as much again, which an allocator loses that cuts memory into pieces.
 GPU_WORKING_BYTES = 96
 LANES_PER_GPU = 4  # workers: one that reads, one that writes, one for each direction of the bus; more if there are processors for them
 MAX_GPU_KEEP_BYTES = 1 << 30
@@ -230,7 +230,7 @@ def _kinds(plan: Plan) -> dict[_Kind, str]:
 
 
 def _largest_block(kinds: dict[_Kind, str], max_elements: int, read_bytes: int) -> _Block:
-    to_gpu, from_gpu, most, culprit = read_bytes, 0, 0, ""
+    to_gpu, from_gpu, most, culprit = read_bytes, 0, 1, ""
     for kind, name in kinds.items():
         num_rows, num_columns = kind.shape
         rows = min(max(max_elements // max(num_columns, 1), kind.row_multiple), num_rows)

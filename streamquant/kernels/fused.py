@@ -43,7 +43,10 @@ ROUNDER_BITS = tl.constexpr(0x4B400000)
 
 
 class TritonKernels(TorchKernels):
-    """Kernels for GPUs. Weights whose columns units do not divide, or divide into odd lines, are left to the reference."""
+    """Kernels for GPUs.
+
+    Left to the reference are weights whose columns units do not divide, and searches in lines that are no multiple of MIN_PIECE.
+    """
 
     name = "triton"
 
