@@ -1,11 +1,13 @@
 # CPU by default. With a GPU, for example:
-#   docker build --build-arg BASE=nvidia/cuda:13.0.1-base-ubuntu24.04 --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
+#   docker build --build-arg BASE=nvidia/cuda:13.0.1-base-ubuntu24.04 --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 \
+#     --build-arg PACKAGES='gcc python3-dev' .  # which Triton needs to start its kernels
 ARG BASE=debian:12-slim
 FROM ${BASE}
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG PACKAGES=
 
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates python3 python3-venv \
+    && apt-get install -y --no-install-recommends ca-certificates python3 python3-venv ${PACKAGES} \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/streamquant
 ENV PATH=/opt/streamquant/bin:$PATH

@@ -1,14 +1,15 @@
 """Conversions on a GPU beside the same ones on the CPU, and what the machine could do at best. Without a GPU it measures nothing.
 
     PYTHONPATH=. python benchmarks/gpu.py                # ends soon after --minutes at the latest
-    PYTHONPATH=. python benchmarks/gpu.py --kernel-only  # the numerics alone, on weights that are on the GPU already
+    PYTHONPATH=. python benchmarks/gpu.py --kernel-only  # the numerics alone, on weights that are on the GPU already, by all kernels
 
 Needs the repository, torch for CUDA and the dependencies of the package; 20 GB of disk in --folder. All conversions are done in one
 process, so that times are without the start of Python and of CUDA, which are told apart; flushing to the disk and reading headers back are
 in them.
 
-First every scheme and observer converts a small checkpoint, and examples/wiki-llama, on both devices: each file of both outputs must be the
-same. Then the large one is converted. A run that would not end in time, going by that of the small checkpoint, is left out.
+First every scheme and observer converts a small checkpoint, and examples/wiki-llama, on the CPU, on one GPU, and on all if there are
+several: each file of the outputs must be the same. Then the large one is converted. A run that would not end in time, going by that of
+the small checkpoint, is left out.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from measure import GIGABYTE, measure_ok, print_header, print_row, shard_bytes
 from synthetic import llama, write_checkpoint
 
 import streamquant
+from streamquant.kernels import find_kernels
 from streamquant.memory import GPU_BLOCK_ELEMENTS, available_cpus
 from streamquant.plan import Encode
 from streamquant.schemes import Scheme, find_scheme
@@ -40,7 +42,9 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "wiki-llama"
 SCHEMES = ("FP8_DYNAMIC", "FP8_BLOCK", "W8A8", "W8A16", "W4A16", "W4A16_ASYM", "MXFP8", "MXFP4", "NVFP4A16")
 SEARCHED = ("W4A16", "FP8_BLOCK", "NVFP4A16")  # also with the mse observer
-DEVICES = ("cpu", "cuda")
+EVERY_GPU = ",".join(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+DEVICES = ("cpu", "cuda:0", *([EVERY_GPU] if torch.cuda.device_count() > 1 else []))
+KERNELS = ("torch", "auto")
 COPY_BYTES = 256 << 20
 NUM_COPIES = 10
 KERNEL_COLUMNS = 4096
@@ -59,7 +63,7 @@ class Run(NamedTuple):
     """What a conversion took."""
 
     seconds: float
-    gpu_bytes: int  # largest allocation
+    gpu_bytes: int  # largest allocation, on the GPU that has most
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,7 @@ def main() -> None:
     cases = [Case(scheme, "minmax", device) for scheme in arguments.schemes for device in DEVICES]
     cases += [Case(scheme, "mse", device) for device in reversed(DEVICES) for scheme in arguments.searched]
     if arguments.kernel_only:
-        _print_kernels([case for case in cases if case.device == "cuda"])
+        _print_kernels([case for case in cases if case.device == "cuda:0"])
         return
     folder = Path(tempfile.mkdtemp(prefix="gpu-", dir=arguments.folder))
     try:
@@ -109,19 +113,21 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     if not same:
-        sys.exit("the outputs of the two devices differ")
+        sys.exit("the outputs of the devices differ")
 
 
 # --- the machine --------------------------------------------------------------------------------------------------------
 
 
 def _print_machine() -> None:
-    gpu = torch.cuda.get_device_properties(0)
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    print(f"{gpu.name}, {gpu.total_memory / GIGABYTE:.0f} GB; {available_cpus()} CPUs: {next(iter(models), 'unknown')}, ", end="")
-    print(f"{memory / GIGABYTE:.0f} GB; torch {torch.__version__}, CUDA {torch.version.cuda}, ", end="")
-    print(f"Python {platform.python_version()}, streamquant {streamquant.__version__}\n", flush=True)
+    print(", ".join(f"{gpu.name}, {gpu.total_memory / GIGABYTE:.0f} GB" for gpu in gpus), end="; ")
+    print(f"{available_cpus()} CPUs: {next(iter(models), 'unknown')}, {memory / GIGABYTE:.0f} GB; ", end="")
+    print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, Python {platform.python_version()}, ", end="")
+    print(f"streamquant {streamquant.__version__}; ", end="")
+    print(f"kernels: {', '.join(find_kernels('auto', torch.device(device)).name for device in ('cpu', 'cuda'))}\n", flush=True)
 
 
 def _measure_rates(source: Path, folder: Path) -> Rates:
@@ -179,10 +185,12 @@ def _copy_rate(source: torch.Tensor, target: torch.Tensor) -> float:
 def _convert(source: Path, out: Path, case: Case) -> Run:
     os.sync()  # what was written before is not to be flushed now
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(index)
     started = time.monotonic()
     streamquant.convert(source, out, scheme=case.scheme, observer=case.observer, device=case.device)
-    return Run(time.monotonic() - started, torch.cuda.max_memory_allocated())
+    seconds = time.monotonic() - started
+    return Run(seconds, max(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())))
 
 
 def _encoded_bytes(source: Path, scheme: str) -> int:
@@ -190,11 +198,11 @@ def _encoded_bytes(source: Path, scheme: str) -> int:
 
 
 def _compare_devices(small: Path, folder: Path, cases: list[Case]) -> tuple[bool, dict[Case, float]]:
-    """Whether both devices make the same files of each source, and how long each case took with the small one."""
+    """Whether all devices make the same files of each source, and how long each case took with the small one."""
     sources = [EXAMPLE, small] if EXAMPLE.is_dir() else [small]
     times: dict[Case, float] = {}
     all_same = True
-    print(f"\nFiles of both outputs, for {' and '.join(source.name for source in sources)} ({shard_bytes(small) / GIGABYTE:.1f} GB):\n")
+    print(f"\nFiles of the outputs, for {' and '.join(source.name for source in sources)} ({shard_bytes(small) / GIGABYTE:.1f} GB):\n")
     print_header("scheme", "observer", *(f"{small.name}, {device}" for device in DEVICES), "files")
     for scheme, observer in dict.fromkeys((case.scheme, case.observer) for case in cases):
         different: list[str] = []
@@ -204,8 +212,9 @@ def _compare_devices(small: Path, folder: Path, cases: list[Case]) -> tuple[bool
             for device, out in outs.items():
                 times[Case(scheme, observer, device)] = _convert(source, out, Case(scheme, observer, device)).seconds
             names = sorted({path.name for out in outs.values() for path in out.iterdir()})
-            _, differing, missing = filecmp.cmpfiles(*outs.values(), names, shallow=False)
-            different += [f"{source.name}/{name}" for name in (*differing, *missing)]
+            for device in DEVICES[1:]:
+                _, differing, missing = filecmp.cmpfiles(outs["cpu"], outs[device], names, shallow=False)
+                different += [f"{source.name}/{name} on {device}" for name in (*differing, *missing)]
             num_files += len(names)
             for out in outs.values():
                 shutil.rmtree(out)
@@ -236,20 +245,20 @@ def _print_conversions(
         seconds = medians[case] = statistics.median(run.seconds for run in runs)
         others = (case._replace(device="cpu"), case._replace(observer="minmax"))
         speedups = (f"{medians[other] / seconds:.2f}" if other != case and other in medians else "" for other in others)
-        memory = f"{max(run.gpu_bytes for run in runs) / GIGABYTE:.2f} GB" if case.device == "cuda" else ""
+        memory = f"{max(run.gpu_bytes for run in runs) / GIGABYTE:.2f} GB" if case.device != "cpu" else ""
         speed = f"{shard_bytes(source) / seconds / GIGABYTE:.2f} GB/s"
         print_row(*case, f"{seconds:.2f} s", speed, *speedups, *_shares(source, case, seconds, rates), memory)
 
 
 def _shares(source: Path, case: Case, seconds: float, rates: Rates) -> list[str]:
-    """Which part of the time each transfer alone would take: the page cache, the disk, the bus to the GPU and back at once."""
+    """Which part of the time each transfer alone would take: the page cache, the disk, the buses to the GPUs and back at once."""
     plan = streamquant.plan(source, scheme=case.scheme, observer=case.observer)
     encoded = [step for step in plan.steps if isinstance(step, Encode)]
     reading = plan.source_bytes / rates.read
     to_gpu = sum(step.source_bytes for step in encoded) / rates.to_gpu
     from_gpu = sum(spec.num_bytes for step in encoded for spec in step.outputs) / rates.from_gpu
     shares = [reading + plan.output_bytes / rate for rate in (rates.write, rates.write_flushed)]
-    bus = f"{max(to_gpu, from_gpu) / seconds:.0%}" if case.device == "cuda" else ""
+    bus = f"{max(to_gpu, from_gpu) / seconds / len(case.device.split(',')):.0%}" if case.device != "cpu" else ""
     return [*(f"{share / seconds:.0%}" for share in shares), bus]
 
 
@@ -262,15 +271,20 @@ def _print_kernels(cases: list[Case]) -> None:
     on_gpu = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
     bus = _copy_rate(torch.empty(COPY_BYTES, dtype=torch.uint8).pin_memory(), on_gpu)
     print(f"bfloat16 weights of {shape[0]} x {shape[1]} on the GPU, in bytes of the weight; the bus to it has {bus / GIGABYTE:.1f} GB/s:\n")
-    print_header("scheme", "observer", "observe", "encode", "both", "times the bus")
+    print_header("scheme", "observer", "kernels", "observe", "encode", "both", "times the bus", "bits")
+    found = dict.fromkeys(find_kernels(name, torch.device("cuda")) for name in KERNELS)
     for case in cases:
         scheme = find_scheme(case.scheme, observer=case.observer)
         weight_NK = torch.empty(shape, device=case.device).normal_(0.0, 0.02).to(torch.bfloat16)
-        bounds_BRC = scheme.observe(weight_NK)
-        encode = partial(scheme.encode, weight_NK, bounds_BRC, shared=_shared(scheme, bounds_BRC))
-        seconds = (_seconds(partial(scheme.observe, weight_NK)), _seconds(encode))
-        rates = [weight_NK.nbytes / taken for taken in (*seconds, sum(seconds))]
-        print_row(case.scheme, case.observer, *(f"{rate / GIGABYTE:.1f} GB/s" for rate in rates), f"{rates[-1] / bus:.1f}")
+        reference = scheme.encode_whole(weight_NK)
+        for kernels in found:
+            bounds_BRC = scheme.observe(weight_NK, kernels=kernels)
+            encode = partial(scheme.encode, weight_NK, bounds_BRC, shared=_shared(scheme, bounds_BRC), kernels=kernels)
+            seconds = (_seconds(partial(scheme.observe, weight_NK, kernels=kernels)), _seconds(encode))
+            rates = [weight_NK.nbytes / taken for taken in (*seconds, sum(seconds))]
+            same = all(torch.equal(tensor.view(torch.uint8), reference[suffix].view(torch.uint8)) for suffix, tensor in encode().items())
+            figures = (*(f"{rate / GIGABYTE:.1f} GB/s" for rate in rates), f"{rates[-1] / bus:.1f}", "same" if same else "**differ**")
+            print_row(case.scheme, case.observer, kernels.name, *figures)
 
 
 def _shared(scheme: Scheme, bounds_BRC: torch.Tensor) -> torch.Tensor | None:

@@ -16,7 +16,7 @@ import click
 import streamquant
 from streamquant import report
 from streamquant.checkpoint.url import without_secrets
-from streamquant.convert import plan_memory, resolve_device
+from streamquant.convert import plan_memory, resolve_devices
 from streamquant.engines import check, find_engine
 from streamquant.errors import RequestError, StreamquantError, one_line
 from streamquant.inputs import LAYOUTS
@@ -77,15 +77,16 @@ def _recipe_options(command: Command) -> Command:
 def _machine_options(command: Command) -> Command:
     """The options that decide how a conversion is done, and change no byte of it."""
     options = [
-        click.option("--device", default=_default("device"), show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."),
+        click.option("--device", default=_default("device"), show_default=True, metavar="auto|cpu|cuda[:N],...", help="Where to compute."),
         click.option("--max-memory", metavar="SIZE", help="Working memory on top of the interpreter; 256MiB, with a GPU 2GiB."),
-        click.option("--threads", type=int, metavar="N", help="Workers; one for each processor if not given."),
+        click.option("--max-gpu-memory", metavar="SIZE", help="Working memory on each GPU; 80 % of what is free if not given."),
+        click.option("--threads", type=int, metavar="N", help="Workers; one for each processor if not given, at least four for a GPU."),
         click.option(
             "--kernels",
             type=click.Choice(KERNELS),
             default=_default("kernels"),
             show_default=True,
-            help="What computes on a CPU.",
+            help="What computes: numba on a CPU, triton on a GPU, torch on both.",
         ),
     ]
     for option in reversed(options):
@@ -119,7 +120,7 @@ def convert(source: str, out: str, *, dry_run: bool, report_file: str | None, lo
     """
     with _logged(log_json, source=source, out=out, dry_run=dry_run, settings=options) as log:
         if dry_run:
-            machine = {name: options.pop(name) for name in ("device", "max_memory", "threads", "kernels")}
+            machine = {name: options.pop(name) for name in ("device", "max_memory", "max_gpu_memory", "threads", "kernels")}
             for name in ("allow_nonfinite", "cache", "restart", "trace"):
                 del options[name]
             _print_plan(source, as_json=False, machine=machine, options=options)
@@ -169,6 +170,7 @@ def plan(
     as_json: bool,
     device: str,
     max_memory: str | None,
+    max_gpu_memory: str | None,
     threads: int | None,
     kernels: str,
     **options: Any,
@@ -176,7 +178,9 @@ def plan(
     """Show what `convert` would do: what happens to each tensor, sizes, memory."""
     if tp is not None and engine is None:
         raise RequestError(f"--tp {tp} says on how many ranks an engine runs; say which with --engine")
-    machine = {"device": device, "max_memory": max_memory, "threads": threads, "kernels": kernels}
+    machine = {
+        "device": device, "max_memory": max_memory, "max_gpu_memory": max_gpu_memory, "threads": threads, "kernels": kernels
+    }  # fmt: skip
     _print_plan(source, as_json=as_json, machine=machine, options=options, engine=engine, tp=1 if tp is None else tp)
 
 
@@ -185,8 +189,8 @@ def _print_plan(
 ) -> None:
     target = None if engine is None else find_engine(engine, tp=tp)
     the_plan = streamquant.plan(source, **options)
-    device = resolve_device(machine["device"])
-    memory = plan_memory(the_plan, **machine | {"device": device, "kernels": find_kernels(machine["kernels"], device)})
+    devices = resolve_devices(machine.pop("device"))
+    memory = plan_memory(the_plan, devices=devices, **machine | {"kernels": find_kernels(machine["kernels"], *devices)})
     findings = [] if engine is None else check(the_plan, engine=engine, tp=tp)
     if as_json:
         parts = the_plan.json_parts()

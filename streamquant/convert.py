@@ -21,11 +21,12 @@ from streamquant.errors import RequestError, VerificationError
 from streamquant.inputs import find_weights
 from streamquant.kernels import find_kernels
 from streamquant.lazy import torch
-from streamquant.memory import Memory, available_cpus, budget_memory, container_for
+from streamquant.memory import LANES_PER_GPU, Gpus, Memory, available_cpus, budget_gpu_memory, budget_memory, container_for
 from streamquant.output import files_of, finish, is_done, is_finished, job_of, require_space
 from streamquant.plan import Copy, Encode, Plan, make_plan
 from streamquant.recipe import Recipe, make_recipe
-from streamquant.schemes.kernels import Kernels
+from streamquant.schemes.kernels import TORCH, Kernels
+from streamquant.schemes.observers import OBSERVERS
 from streamquant.schemes.plain import Plain
 from streamquant.sizes import format_bytes, parse_size
 from streamquant.stream import OnProgress, spool_bytes, stream_shards
@@ -35,7 +36,7 @@ from streamquant.version import __version__
 
 DEFAULT_MAX_SHARD_SIZE: Final = "5GB"
 DEFAULT_MEMORY: Final = {"cpu": "256MiB", "cuda": "2GiB"}
-DEVICES = ("auto", "cpu", "cuda")
+GPU_SHARE: Final = (4, 5)  # of a GPU's free memory, unless --max-gpu-memory says how much
 LOGGER = logging.getLogger("streamquant")
 
 
@@ -46,7 +47,7 @@ class Conversion:
     out: str
     plan: Plan
     memory: Memory
-    device: str
+    device: str  # or several, with commas
     kernels: str  # by which it was computed
     resumed_shards: int  # finished by an earlier run of the same job
     nonfinite: tuple[str, ...]  # weights with NaN or infinities, stored as zeros
@@ -72,6 +73,7 @@ class Conversion:
             "shards": [shard.file for shard in self.plan.shards],
             "resumed_shards": self.resumed_shards,
             "predicted_memory_bytes": self.memory.peak_bytes,
+            "predicted_gpu_memory_bytes": self.memory.gpu_peak_bytes,
             "quantized": {member.weight.name: step.scheme.preset for step in stored for member in step.members},
             "as_stored": [member.weight.name for step in stored if step.keeps_codes for member in step.members],
             "unpacked": {member.weight.name: step.scheme.preset for step in encoded if step.unpacks for member in step.members},
@@ -147,6 +149,7 @@ def convert(
     max_shard_size: str | int = DEFAULT_MAX_SHARD_SIZE,
     device: str = "auto",
     max_memory: str | int | None = None,
+    max_gpu_memory: str | int | None = None,
     threads: int | None = None,
     kernels: str = "auto",
     allow_nonfinite: bool = False,
@@ -168,11 +171,13 @@ def convert(
     expert_layout: "rows", "columns" or "interleaved": how experts are stacked in 3-D tensors (inputs/experts.py), if the model
     type does not tell.
     max_shard_size: bytes, or a size such as "5GB", of a file of the output.
-    device: "auto" takes a GPU if there is one, else the CPU; also "cpu", "cuda", "cuda:1". The output is the same.
-    max_memory: working memory on top of the interpreter; None: 256MiB, with a GPU 2GiB.
-    threads: workers; None: one for each processor that this process may use.
-    kernels: "numba" compiles for the processor (extra `fast`), "torch" needs nothing else and is slower; the output is the same.
-    "auto" takes what is installed.
+    device: "auto" takes a GPU if there is one, else the CPU; also "cpu", "cuda", "cuda:1", or several GPUs: "cuda:0,cuda:1". The output
+        is the same.
+    max_memory: working memory on top of the interpreter; None: 256MiB, with a GPU 2GiB, of which what is copied is page-locked.
+    max_gpu_memory: working memory on each GPU; None: 80 % of what is free.
+    threads: workers; None: one for each processor that this process may use, and at least four for each GPU.
+    kernels: "numba" compiles for the processor (extra `fast`), "triton" for GPUs, "torch" needs nothing else and is slower; the output
+        is the same. "auto" takes what is installed.
     allow_nonfinite: store NaN and infinite weights as zeros instead of stopping.
     cache: download a source on the Hub into its ordinary cache first, instead of streaming it.
     restart: discard what an unfinished run of another job has written into `out`.
@@ -185,8 +190,8 @@ def convert(
     """
     started = time.monotonic()
     out = Path(out)
-    checked_device = resolve_device(device)
-    found_kernels = find_kernels(kernels, checked_device)
+    devices = resolve_devices(device)
+    found_kernels = find_kernels(kernels, *devices)
     wish = make_recipe(
         scheme=scheme,
         recipe=None if recipe is None else Path(recipe),
@@ -201,7 +206,9 @@ def convert(
     )
     with open_source(source, revision=revision, cache=cache) as opened:
         the_plan = _plan(opened, wish, format=format, expert_layout=expert_layout, max_shard_size=max_shard_size)
-        memory = plan_memory(the_plan, kernels=found_kernels, device=checked_device, max_memory=max_memory, threads=threads)
+        memory = plan_memory(
+            the_plan, kernels=found_kernels, devices=devices, max_memory=max_memory, max_gpu_memory=max_gpu_memory, threads=threads
+        )
         _tell_plan(the_plan, memory, found_kernels)
         job = job_of(the_plan, allow_nonfinite=allow_nonfinite)
         if isinstance(opened, LocalSource):
@@ -231,7 +238,7 @@ def convert(
                         work=work,
                         journal=journal,
                         memory=memory,
-                        device=checked_device,
+                        devices=devices,
                         kernels=found_kernels,
                         allow_nonfinite=allow_nonfinite,
                         on_progress=on_progress,
@@ -252,7 +259,7 @@ def convert(
         out=str(out),
         plan=the_plan,
         memory=memory,
-        device=str(checked_device),
+        device=",".join(map(str, devices)),
         kernels=found_kernels.name,
         resumed_shards=resumed,
         nonfinite=tuple(nonfinite),
@@ -268,6 +275,7 @@ def _tell_plan(the_plan: Plan, memory: Memory, kernels: Kernels) -> None:
         "workers": memory.num_workers,
         "kernels": kernels.name,
         "predicted_memory_bytes": memory.peak_bytes,
+        "predicted_gpu_memory_bytes": memory.gpu_peak_bytes,
         "memory_limit_bytes": memory.limit_bytes,
     }
     LOGGER.info(
@@ -283,39 +291,85 @@ def _tell_plan(the_plan: Plan, memory: Memory, kernels: Kernels) -> None:
 
 
 def plan_memory(
-    the_plan: Plan, *, device: torch.device, kernels: Kernels, max_memory: str | int | None = None, threads: int | None = None
+    the_plan: Plan,
+    *,
+    devices: Sequence[torch.device],
+    kernels: Kernels = TORCH,
+    max_memory: str | int | None = None,
+    max_gpu_memory: str | int | None = None,
+    threads: int | None = None,
 ) -> Memory:
-    """How `convert` spends its memory budget on a plan.
+    """How `convert` spends its memory budgets on a plan.
 
-    Raises RequestError if the budget is too small, or larger than what the container allows.
+    Raises RequestError if a budget is too small, or larger than what the container allows or a GPU has.
     """
     if threads is not None and threads < 1:
         raise RequestError(f"{threads} threads are too few; at least 1")
-    max_bytes = parse_size(DEFAULT_MEMORY[device.type] if max_memory is None else max_memory)
-    return budget_memory(
+    kind = devices[0].type
+    max_bytes = parse_size(DEFAULT_MEMORY[kind] if max_memory is None else max_memory)
+    container, is_remote, may_shrink = container_for(the_plan, devices=devices), the_plan.checkpoint.is_remote, max_memory is None
+    searches = any(isinstance(step, Encode) and OBSERVERS[step.scheme.observer] for step in the_plan.steps)
+    if kind == "cpu":
+        if max_gpu_memory is not None:
+            raise RequestError(f"--max-gpu-memory {max_gpu_memory} is for GPUs, and this is done on the CPU; leave it out")
+        return budget_memory(
+            the_plan,
+            max_bytes=max_bytes,
+            num_workers=threads or available_cpus(),
+            working_bytes=kernels.working_bytes + kernels.search_bytes * searches,
+            is_remote=is_remote,
+            container=container,
+            may_shrink=may_shrink,
+        )
+    return budget_gpu_memory(
         the_plan,
         max_bytes=max_bytes,
-        num_workers=threads or available_cpus(),
-        on_gpu=device.type != "cpu",
-        working_bytes=kernels.working_bytes,
-        is_remote=the_plan.checkpoint.is_remote,
-        container=container_for(the_plan, device=device),
-        may_shrink=max_memory is None,
+        num_workers=threads or max(available_cpus(), LANES_PER_GPU * len(devices)),
+        gpus=_gpus(devices, max_gpu_memory),
+        is_remote=is_remote,
+        container=container,
+        may_shrink=may_shrink,
     )
 
 
-def resolve_device(device: str) -> torch.device:
-    """The torch device that a `device` argument means. Raises RequestError for one that is not there."""
+def _gpus(devices: Sequence[torch.device], max_memory: str | int | None) -> Gpus:
+    """The GPUs, and what may be used of each. Raises RequestError if one has less than is asked for."""
+    free = {device: _free_bytes(device) for device in devices}
+    least = min(devices, key=lambda device: free[device])
+    if max_memory is None:
+        return Gpus(len(devices), free[least] * GPU_SHARE[0] // GPU_SHARE[1])
+    asked = parse_size(max_memory)
+    if asked > free[least]:
+        raise RequestError(f"--max-gpu-memory {max_memory} is more than the {free[least]} bytes that are free on {least}")
+    return Gpus(len(devices), asked)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory that no one uses, with what torch holds without using it."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def resolve_devices(device: str) -> tuple[torch.device, ...]:
+    """The torch devices that a `device` argument means: the CPU or GPUs. Raises RequestError for one that is not there."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = device.partition(":")
-    if kind not in DEVICES or (index and not (kind == "cuda" and index.isdecimal())):
-        raise RequestError(f"unknown device {device!r}; known are auto, cpu, cuda and cuda:N")
-    if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return (torch.device(device),)
+    devices = tuple(map(_resolve_gpu, device.split(",")))
+    if len(set(devices)) < len(devices):
+        raise RequestError(f"device {device} names a GPU twice")
+    return devices
+
+
+def _resolve_gpu(device: str) -> torch.device:
+    kind, colon, index = device.partition(":")
+    if kind != "cuda" or (colon and not index.isdecimal()):
+        raise RequestError(f"unknown device {device!r}; known are auto, cpu, cuda and cuda:N, or several of the last with commas")
+    if not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count():
         raise RequestError(
             f"device {device} is not there: torch sees {torch.cuda.device_count()} CUDA devices; --device cpu gives the same bytes"
         )
-    return torch.device(device)
+    return torch.device(kind, int(index) if colon else torch.cuda.current_device())
 
 
 def _refuse_overlap(folder: Path, out: Path) -> None:

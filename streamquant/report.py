@@ -42,7 +42,10 @@ def plan_lines(plan: Plan, memory: Memory) -> list[str]:
     )
     lines += ["", *summary_lines(plan)]
     limit = "" if memory.limit_bytes is None else f"; the container allows {format_bytes(memory.limit_bytes)} in all"
-    lines.append(f"memory      {format_bytes(memory.peak_bytes)} of working memory in {memory.num_workers} workers, predicted{limit}")
+    on_gpu = f" and {format_bytes(memory.gpu_peak_bytes)} on each GPU" if memory.gpu_peak_bytes else ""
+    lines.append(
+        f"memory      {format_bytes(memory.peak_bytes)} of working memory{on_gpu} in {memory.num_workers} workers, predicted{limit}"
+    )
     return lines
 
 

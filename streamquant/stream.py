@@ -1,8 +1,9 @@
 """The engine: streams the steps of a plan through a pool of workers, a block of rows at a time.
 
 A worker reads a block, quantizes it and writes what comes out at its planned place; two workers overlap reading, computing and
-writing. It owns every thread. What is in memory at any time: a block in each worker, the fused weights that a worker keeps between
-finding their largest magnitude and encoding them, and what is read ahead of a remote source.
+writing, and on GPUs (lane.py) copying. Workers of all devices take their tasks from one queue. What is in memory at any time: a block in
+each worker, the fused weights that a worker keeps between finding their largest magnitude and encoding them, and what is read
+ahead of a remote source.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from streamquant.checkpoint.writer import ShardWriter, StepWriter
 from streamquant.errors import CheckpointError
 from streamquant.inputs import Weight
 from streamquant.inputs.weight import Allocate
+from streamquant.lane import Lane, make_lanes
 from streamquant.lazy import torch
 from streamquant.memory import COPY_BYTES, SMALL_PART, Memory, row_blocks, row_multiple
 from streamquant.plan import Copy, Encode, Member, Shard, Step
 from streamquant.read_ahead import NUM_BUFFERS, ReadAhead, Reading, Spool, coalesce
 from streamquant.schemes import Scheme
 from streamquant.schemes.kernels import Kernels
-from streamquant.schemes.packing import flat
 from streamquant.stored import TORCH_DTYPES
 from streamquant.trace import Trace
 
@@ -53,7 +54,6 @@ QUEUED_TASKS = 4  # per worker
 SHARDS_IN_WORK = 2  # one being filled while the one before it is flushed
 FLUSH_SECONDS = 5.0  # between flushes of a shard: the work that the loss of a machine costs, and a step
 COPY_CHUNK_BYTES = 1 << 20  # fits the cache, in which it is read, summed and written
-ALIGNMENT = 8  # no dtype of weights has more bytes
 MALLOC_LESSON_BYTES = 31 << 20
 LOGGER = logging.getLogger("streamquant")
 
@@ -66,7 +66,7 @@ def stream_shards(
     work: Path,
     journal: Journal,
     memory: Memory,
-    device: torch.device,
+    devices: Sequence[torch.device],
     kernels: Kernels,
     allow_nonfinite: bool,
     on_progress: OnProgress | None = None,
@@ -82,7 +82,7 @@ def stream_shards(
     total = sum(step.source_bytes for shard in shards for index, step in enumerate(shard.steps) if index not in journal.steps[shard.file])
     with (
         _Recorder(journal, out, trace) as recorder,
-        _Engine(source, recorder, work, memory, device, kernels, allow_nonfinite, total, on_progress, trace) as engine,
+        _Engine(source, recorder, work, memory, devices, kernels, allow_nonfinite, total, on_progress, trace) as engine,
     ):
         for shard in shards:
             recorder.wait_for_room()
@@ -248,7 +248,7 @@ class _Engine:
         recorder: _Recorder,
         work: Path,
         memory: Memory,
-        device: torch.device,
+        devices: Sequence[torch.device],
         kernels: Kernels,
         allow_nonfinite: bool,
         total: int,
@@ -256,11 +256,12 @@ class _Engine:
         trace: Trace,
     ):
         self._source, self._recorder, self._work, self._memory = source, recorder, work, memory
-        self._device, self._kernels, self._allow_nonfinite = device, kernels, allow_nonfinite
+        self._kernels, self._allow_nonfinite = kernels, allow_nonfinite
         self._total, self._on_progress, self._done = total, on_progress, 0
         self._trace = trace
         self._lock = threading.Lock()
-        self._buffers = threading.local()
+        self._lanes = make_lanes(devices, memory)
+        self._own = threading.local()  # of a worker: its lane
         self._slots = threading.Semaphore(QUEUED_TASKS * memory.num_workers)
         self._failure: BaseException | None = None
         reads_ahead = memory.read_ahead_bytes and source.num_connections  # which it has not if all was downloaded since the plan
@@ -271,7 +272,7 @@ class _Engine:
         torch.empty(MALLOC_LESSON_BYTES, dtype=torch.uint8)
         # A worker runs one operation at a time; threads of torch's own would only fight over the cores.
         self._torch_threads = torch.get_num_threads()
-        self._workers = ThreadPoolExecutor(memory.num_workers, "streamquant", initializer=torch.set_num_threads, initargs=(1,))
+        self._workers = ThreadPoolExecutor(memory.num_workers, "streamquant", initializer=self._start_worker)
 
     def __enter__(self) -> Self:
         return self
@@ -406,7 +407,8 @@ class _Engine:
         try:
             if self._failure is not None:
                 raise self._failure
-            result = task.work(reading or self._source)
+            with self._lane.running():
+                result = task.work(reading or self._source)
             with self._lock:
                 self._done += task.num_bytes
                 if self._on_progress is not None:
@@ -421,6 +423,15 @@ class _Engine:
 
     # --- work, in a worker ------------------------------------------------------------------------------------------
 
+    def _start_worker(self) -> None:
+        torch.set_num_threads(1)
+        self._own.lane = self._lanes.pop(0)
+
+    @property
+    def _lane(self) -> Lane:
+        lane: Lane = self._own.lane
+        return lane
+
     def _copy(self, step: Copy, extent: Extent, output: StepWriter, reader: Reader) -> None:
         moved = step.output.start - step.source.start
         for start in range(extent.start, extent.end, COPY_CHUNK_BYTES):
@@ -432,7 +443,7 @@ class _Engine:
         spool.write(extent.file, extent.start, self._read(extent, reader))
 
     def _read(self, extent: Extent, reader: Reader) -> memoryview:
-        buffer: memoryview = self._buffer("copy", extent.num_bytes).numpy().data
+        buffer: memoryview = self._lane.buffer("copy", extent.num_bytes).numpy().data
         with self._trace.span("read"):
             reader.read(extent.file, extent.start, buffer)
         return buffer
@@ -458,13 +469,13 @@ class _Engine:
         """Encode steps of one scheme, one number of columns and one dtype as if they were one weight."""
         scheme = batch.steps[0].scheme
         members = [(member, work.output, step) for work, step in zip(batch.in_work, batch.steps, strict=True) for member in step.members]
-        first = members[0][0].weight
-        memory = self._buffer("batch", sum(member.weight.num_bytes for member, _, _ in members))
-        pieces = _Pieces(memory)
+        weights = [member.weight for member, _, _ in members]
+        memory = self._lane.memory_to_read()("batch", sum(weight.num_bytes for weight in weights))
         with self._trace.span("read"):
-            for member, _, _ in members:
-                member.weight.read(reader, 0, member.weight.shape[0], pieces.take)
-        weight_NK = memory.view(TORCH_DTYPES[first.dtype]).view(-1, first.shape[1]).to(self._device)
+            for weight, piece in zip(weights, torch.split(memory, [weight.num_bytes for weight in weights]), strict=True):
+                weight.read(reader, 0, weight.shape[0], lambda *_, piece=piece: piece)
+        stacked_NK = memory.view(TORCH_DTYPES[weights[0].dtype]).view(-1, weights[0].shape[1])
+        weight_NK = self._lane.to_device({"weight": stacked_NK})["weight"]
         with self._trace.span("observe"):
             bounds_BRC = scheme.observe(weight_NK, kernels=self._kernels)
         if not math.isfinite(_largest(bounds_BRC)):
@@ -473,20 +484,26 @@ class _Engine:
             return
         with self._trace.span("encode"):
             stored = scheme.encode(weight_NK, bounds_BRC, kernels=self._kernels)
+            num_lines = {suffix: len(tensor) for suffix, tensor in stored.items()}
+            bytes_of = self._lane.to_host(stored)
         start = 0
         for member, output, _ in members:
             end = start + member.weight.shape[0]
-            rows = {suffix: tensor[scheme.line(suffix, start) : scheme.line(suffix, end)] for suffix, tensor in stored.items()}
-            self._store(member, output, 0, rows, scheme)
-            self._store_once(member, scheme, output, None)
+            for suffix, count in num_lines.items():
+                line_bytes = len(bytes_of[suffix]) // count
+                first, last = (scheme.line(suffix, row) * line_bytes for row in (start, end))
+                with self._trace.span("write"):
+                    output.write(member.place(suffix).start, bytes_of[suffix][first:last])
             start = end
+        for member, output, _ in members:
+            self._store_once(member, scheme, output, None)
 
     def _repack(self, step: Encode, member: Member, start: int, end: int, output: StepWriter, reader: Reader) -> None:
         """Store the codes and scales that the source has."""
         weight, scheme = member.weight, step.scheme
         stored: dict[str, Tensor] = {}
-        for row, stored in self._stored_blocks(weight, start, end, scheme, reader, self._buffer):
-            self._store(member, output, row, weight.repack(stored, scheme), scheme)
+        for row, stored in self._stored_blocks(weight, start, end, scheme, reader, self._lane.memory_to_read):
+            self._store(member, output, row, self._lane.to_host(weight.repack(stored, scheme)), scheme)
         if start == 0:
             self._store_once(member, scheme, output, weight.format.shared(stored) if scheme.shares_amax else None)
 
@@ -505,19 +522,14 @@ class _Engine:
                 self._repack(step, member, 0, member.weight.shape[0], output, reader)
             return
         scheme = step.scheme
-        # One piece, used again and again: blocks kept one by one between temporaries would tear the heap apart.
-        memory = _Pieces(self._buffer("kept", sum(member.weight.decoded_bytes + ALIGNMENT for member in step.members)))
+        keeping = self._lane.keeping(sum(member.weight.decoded_bytes for member in step.members))
         kept = []
         for member in step.members:
             weight, dtype = member.weight, TORCH_DTYPES[member.weight.dtype]
-            memory.align()
-            allocate = memory.take if weight.is_plain else self._buffer
-            for row, weight_NK in self._blocks(member, 0, weight.shape[0], scheme, reader, allocate):
+            memory = keeping.memory_to_read if weight.is_plain else self._lane.memory_to_read
+            for row, weight_NK in self._blocks(member, 0, weight.shape[0], scheme, reader, memory):
                 finite_NK, bounds_BRC = self._observe(weight_NK, member, scheme)
-                if not weight.is_plain:
-                    piece_NK = memory.take("", finite_NK.numel() * dtype.itemsize).view(dtype).view(finite_NK.shape)
-                    finite_NK = piece_NK.to(self._device).copy_(finite_NK)
-                kept.append((member, row, finite_NK, bounds_BRC))
+                kept.append((member, row, finite_NK if weight.is_plain else keeping.keep(finite_NK, dtype), bounds_BRC))
         shared = self._share(step, [max(_largest(bounds_BRC) for *_, bounds_BRC in kept)])
         for member, row, weight_NK, bounds_BRC in kept:
             self._encode_block(member, output, row, scheme, weight_NK, bounds_BRC, shared)
@@ -525,20 +537,20 @@ class _Engine:
             self._store_once(member, scheme, output, shared)
 
     def _blocks(
-        self, member: Member, start: int, end: int, scheme: Scheme, reader: Reader, allocate: Allocate | None = None
+        self, member: Member, start: int, end: int, scheme: Scheme, reader: Reader, memory: Callable[[], Allocate] | None = None
     ) -> Iterator[tuple[int, Tensor]]:
         """(first row, weight_NK on the device) for blocks of the rows start..end.
 
-        They are read into what `allocate` gives, by default into memory in which a block overwrites the one before.
+        They are read into what `memory` gives, by default into memory in which a block overwrites the one before.
         """
         weight = member.weight
-        for row, stored in self._stored_blocks(weight, start, end, scheme, reader, allocate or self._buffer):
+        for row, stored in self._stored_blocks(weight, start, end, scheme, reader, memory or self._lane.memory_to_read):
             with self._trace.span("decode"):
-                weight_NK = weight.decode({role: tensor.to(self._device) for role, tensor in stored.items()})
+                weight_NK = weight.decode(self._lane.to_device(stored))
             yield row, weight_NK
 
     def _stored_blocks(
-        self, weight: Weight, start: int, end: int, scheme: Scheme, reader: Reader, allocate: Allocate
+        self, weight: Weight, start: int, end: int, scheme: Scheme, reader: Reader, memory: Callable[[], Allocate]
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """(first row, what the source has of it) for blocks of the rows start..end."""
         multiple, num_columns = row_multiple(weight, scheme), weight.shape[1]
@@ -549,20 +561,12 @@ class _Engine:
         for read in row_blocks(end - start, num_columns, row_multiple=multiple, max_elements=read_elements):
             first, last = start + read[0], start + read[1]
             with self._trace.span("read"):
-                stored = weight.read(reader, first, last, allocate)
+                stored = weight.read(reader, first, last, memory())
             if weight.is_plain:
                 yield first, stored
                 continue
             for block in row_blocks(last - first, num_columns, row_multiple=multiple, max_elements=self._memory.block_elements):
                 yield first + block[0], weight.select(stored, first + block[0], first + block[1], of_start=first)
-
-    def _buffer(self, role: str, num_bytes: int) -> Tensor:
-        """Memory of this worker, used again and again."""
-        buffer: Tensor | None = getattr(self._buffers, role, None)
-        if buffer is None or len(buffer) < num_bytes:
-            buffer = torch.empty(num_bytes, dtype=torch.uint8)
-            setattr(self._buffers, role, buffer)
-        return buffer[:num_bytes]
 
     def _observe(self, weight_NK: Tensor, member: Member, scheme: Scheme) -> tuple[Tensor, Tensor]:
         """The weight, with zeros in place of what is not finite, and its bounds. Raises CheckpointError unless that is allowed."""
@@ -588,40 +592,23 @@ class _Engine:
         shared: Tensor | None,
     ) -> None:
         with self._trace.span("encode"):
-            stored = scheme.encode(weight_NK, bounds_BRC, shared=shared, kernels=self._kernels)
-        self._store(member, output, row, stored, scheme)
+            bytes_of = self._lane.to_host(scheme.encode(weight_NK, bounds_BRC, shared=shared, kernels=self._kernels))
+        self._store(member, output, row, bytes_of, scheme)
 
-    def _store(self, member: Member, output: StepWriter, row: int, stored: Mapping[str, Tensor], scheme: Scheme) -> None:
-        for suffix, tensor in stored.items():
+    def _store(self, member: Member, output: StepWriter, row: int, stored: Mapping[str, memoryview], scheme: Scheme) -> None:
+        for suffix, bytes_of in stored.items():
             spec = member.place(suffix)
             line_bytes = spec.num_bytes // spec.shape[0]
             with self._trace.span("write"):
-                output.write(spec.start + scheme.line(suffix, row) * line_bytes, _bytes(tensor))
+                output.write(spec.start + scheme.line(suffix, row) * line_bytes, bytes_of)
 
     def _store_once(self, member: Member, scheme: Scheme, output: StepWriter, shared: Tensor | None) -> None:
         once = scheme.once(member.weight.shape, TORCH_DTYPES[member.weight.dtype], shared)
-        self._store(member, output, 0, once, scheme)
+        self._store(member, output, 0, self._lane.to_host(once), scheme)
 
     def _share(self, step: Encode, amaxes: Sequence[float]) -> Tensor:
         amax = torch.tensor([max(amaxes)], dtype=torch.float32)
-        return step.scheme.share(amax, TORCH_DTYPES[step.members[0].weight.dtype]).to(self._device)
-
-
-class _Pieces:
-    """Memory handed out piece by piece."""
-
-    def __init__(self, memory: Tensor):
-        self._memory, self._taken = memory, 0
-
-    def align(self) -> None:
-        """Let the next piece begin where numbers of any dtype may."""
-        self._taken += -self._taken % ALIGNMENT
-
-    def take(self, role: str, num_bytes: int) -> Tensor:
-        """The next `num_bytes`."""
-        del role
-        self._taken += num_bytes
-        return self._memory[self._taken - num_bytes : self._taken]
+        return step.scheme.share(amax, TORCH_DTYPES[step.members[0].weight.dtype]).to(self._lane.device)
 
 
 def _all_extents(step: Encode) -> list[Extent]:
@@ -644,7 +631,3 @@ def _read_kept(work: Callable[[Reader], Any], spool: Spool, keeping: Sequence[_T
 def _largest(bounds: Tensor) -> float:
     """The largest magnitude. No tensor: small ones that outlive large ones tear the heap apart, which then grows with the model."""
     return float(bounds.abs().amax())
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return flat(tensor.cpu()).view(torch.uint8).numpy().data

@@ -15,9 +15,9 @@ from streamquant.cli import cli
 
 ROOT = Path(streamquant.__file__).parent
 ORDER = (
-    "__main__", "cli", "progress", "report", "__init__", "convert", "verify", "inspect", "output", "stream", "read_ahead", "memory",
-    "container", "kernels", "trace", "engines", "plan", "decide", "inputs", "quantization_config", "recipe", "names", "stored", "schemes",
-    "checkpoint", "sizes", "version", "errors", "lazy",
+    "__main__", "cli", "progress", "report", "__init__", "convert", "verify", "inspect", "output", "stream", "read_ahead", "lane",
+    "memory", "container", "kernels", "trace", "engines", "plan", "decide", "inputs", "quantization_config", "recipe", "names", "stored",
+    "schemes", "checkpoint", "sizes", "version", "errors", "lazy",
 )  # fmt: skip
 NOT_ARGUMENTS = {"dry_run", "report_file", "log_json", "quiet", "help"}
 
@@ -65,7 +65,7 @@ def options(command: str) -> dict[str, click.Option]:
 @pytest.mark.parametrize("command", ["convert", "plan"])
 def test_flags_are_the_arguments_of_the_function(command: str) -> None:
     arguments = set(inspect.signature(getattr(streamquant, command)).parameters) - {"source", "out", "on_progress"}
-    other = {"device", "max_memory", "threads", "kernels", "engine", "tp"} if command == "plan" else set()
+    other = {"device", "max_memory", "max_gpu_memory", "threads", "kernels", "engine", "tp"} if command == "plan" else set()
     assert options(command).keys() - NOT_ARGUMENTS - {"as_json"} - other == arguments
 
 

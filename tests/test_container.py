@@ -16,7 +16,6 @@ from streamquant import memory
 from streamquant.container import ProcessMemory, cpu_limit, memory_limit, process_memory
 from streamquant.convert import plan_memory
 from streamquant.errors import RequestError
-from streamquant.schemes.kernels import TORCH
 from tests.checkpoints import WIKI_LLAMA, attention, mlp, weight, write_checkpoint
 
 PARENTS = {Path("/sys/fs/cgroup/memory"): "memory.limit_in_bytes", Path("/sys/fs/cgroup"): "memory.max"}  # version 1, version 2
@@ -200,12 +199,12 @@ def said_sizes(refusal: str, before: str) -> int:
 
 
 def test_the_default_budget_shrinks_to_what_the_container_allows(plan: streamquant.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    roomy = plan_memory(plan, device=CPU, kernels=TORCH, threads=8)
+    roomy = plan_memory(plan, devices=[CPU], threads=8)
     assert (roomy.num_workers, roomy.limit_bytes) == (8, None)
     limit_memory(monkeypatch, 1 << 40)
-    assert plan_memory(plan, device=CPU, kernels=TORCH, threads=8) == roomy._replace(limit_bytes=1 << 40)
+    assert plan_memory(plan, devices=[CPU], threads=8) == roomy._replace(limit_bytes=1 << 40)
     limit_memory(monkeypatch, 400 * MEGABYTE)
-    tight = plan_memory(plan, device=CPU, kernels=TORCH, threads=8)
+    tight = plan_memory(plan, devices=[CPU], threads=8)
     assert 1 < tight.num_workers < 8
     working, outputs = tight.peak_bytes, sum(len(step.outputs) for step in plan.steps)
     assert (200 + 128) * MEGABYTE + outputs * memory.BOOKKEEPING_BYTES + working * 3 // 2 <= 400 * MEGABYTE
@@ -217,13 +216,13 @@ def test_a_limit_too_small_for_the_smallest_block_is_refused_with_the_one_that_w
 ) -> None:
     limit_memory(monkeypatch, 330 * MEGABYTE)
     with pytest.raises(RequestError, match=r"limit of 330MiB is too small for the smallest block of .*wide\.weight: 200MiB are") as error:
-        plan_memory(plan, device=CPU, kernels=TORCH, max_memory=asked, threads=8)
+        plan_memory(plan, devices=[CPU], max_memory=asked, threads=8)
     enough = said_sizes(str(error.value), "a limit of")
     limit_memory(monkeypatch, enough, used=205 * MEGABYTE)  # the next run has a little more
-    assert plan_memory(plan, device=CPU, kernels=TORCH, threads=8).num_workers == 1
+    assert plan_memory(plan, devices=[CPU], threads=8).num_workers == 1
     limit_memory(monkeypatch, enough - 10 * MEGABYTE)
     with pytest.raises(RequestError, match="too small"):
-        plan_memory(plan, device=CPU, kernels=TORCH, threads=8)
+        plan_memory(plan, devices=[CPU], threads=8)
 
 
 def test_a_budget_that_the_container_does_not_allow_is_refused_with_what_works(
@@ -231,18 +230,18 @@ def test_a_budget_that_the_container_does_not_allow_is_refused_with_what_works(
 ) -> None:
     limit_memory(monkeypatch, 400 * MEGABYTE)
     with pytest.raises(RequestError, match=r"limit of 400MiB is too small for --max-memory 1024MiB: .*, and so does --max-memory") as error:
-        plan_memory(plan, device=CPU, kernels=TORCH, max_memory="1GiB", threads=50)
+        plan_memory(plan, devices=[CPU], max_memory="1GiB", threads=50)
     limit, budget = (said_sizes(str(error.value), before) for before in ("a limit of", "--max-memory 1024MiB: .* --max-memory"))
-    assert plan_memory(plan, device=CPU, kernels=TORCH, max_memory=budget, threads=50).num_workers > 1
+    assert plan_memory(plan, devices=[CPU], max_memory=budget, threads=50).num_workers > 1
     limit_memory(monkeypatch, limit)
-    assert plan_memory(plan, device=CPU, kernels=TORCH, max_memory="1GiB", threads=50).num_workers > 10
+    assert plan_memory(plan, devices=[CPU], max_memory="1GiB", threads=50).num_workers > 10
 
 
 def test_a_budget_that_the_plan_does_not_use_up_may_be_larger_than_the_limit(
     plan: streamquant.Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit_memory(monkeypatch, 400 * MEGABYTE)
-    assert plan_memory(plan, device=CPU, kernels=TORCH, max_memory="1GiB", threads=1).num_workers == 1
+    assert plan_memory(plan, devices=[CPU], max_memory="1GiB", threads=1).num_workers == 1
 
 
 def test_every_tensor_of_the_output_counts(plan: streamquant.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +249,7 @@ def test_every_tensor_of_the_output_counts(plan: streamquant.Plan, monkeypatch: 
     limit_memory(monkeypatch, 500 * MEGABYTE)
     reserve = 128 + 10 * sum(len(step.outputs) for step in plan.steps)
     with pytest.raises(RequestError, match=f"and {reserve}MiB for pages of files and bookkeeping"):
-        plan_memory(plan, device=CPU, kernels=TORCH, threads=1)
+        plan_memory(plan, devices=[CPU], threads=1)
 
 
 # --- a real group ----------------------------------------------------------------------------------------------------

@@ -107,9 +107,16 @@ def test_weights_of_several_dtypes_share_a_scale(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", ["NVFP4A16", "W4A16", "FP8_BLOCK"])
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_changes_no_byte(tmp_path: Path, scheme: str) -> None:
+    every_gpu = ",".join(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+    wishes: dict[str, dict[str, Any]] = {
+        "reference": {"device": "cuda", "kernels": "torch"},
+        "triton": {"device": "cuda", "kernels": "triton"},
+        "every GPU": {"device": every_gpu, "max_gpu_memory": "1GiB", "threads": 2 * torch.cuda.device_count()},
+    }
     streamquant.convert(WIKI_LLAMA, tmp_path / "cpu", scheme=scheme, observer="mse", device="cpu")
-    streamquant.convert(WIKI_LLAMA, tmp_path / "gpu", scheme=scheme, observer="mse", device="cuda")
-    assert file_bytes(tmp_path / "cpu") == file_bytes(tmp_path / "gpu")
+    for name, wish in wishes.items():
+        streamquant.convert(WIKI_LLAMA, tmp_path / name, scheme=scheme, observer="mse", **wish)
+        assert file_bytes(tmp_path / name) == file_bytes(tmp_path / "cpu"), name
 
 
 def test_fused_weights_share_one_global_scale_wherever_they_lie(source: Path, tmp_path: Path) -> None:

@@ -56,8 +56,7 @@ def test_compiled_kernels_give_the_bits_of_the_reference(scheme: Scheme, dtype: 
                 assert_same(tensor, reference[suffix])
 
 
-@pytest.mark.parametrize("codes", KINDS_OF_CODES, ids=str)
-def test_every_number_is_rounded_as_in_the_reference(codes: Codes) -> None:
+def numbers_of_every_size() -> Tensor:
     """All of bfloat16, numbers of float32 of every size, and the neighbours of those halfway between two codes."""
     every_bfloat16 = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).float()
     any_bits = torch.randint(-(1 << 31), 1 << 31, (1 << 18,), dtype=torch.int64, generator=torch.Generator().manual_seed(1))
@@ -65,7 +64,12 @@ def test_every_number_is_rounded_as_in_the_reference(codes: Codes) -> None:
     ties = torch.stack([halves, halves.nextafter(torch.tensor(1e9)), halves.nextafter(torch.tensor(-1e9))]).flatten()
     numbers = torch.cat([every_bfloat16, any_bits.to(torch.int32).view(torch.float32), ties])
     numbers = numbers[numbers.isfinite()]
-    weight_NK = numbers[: len(numbers) // 320 * 320].view(-1, 320)
+    return numbers[: len(numbers) // 320 * 320].view(-1, 320)
+
+
+@pytest.mark.parametrize("codes", KINDS_OF_CODES, ids=str)
+def test_every_number_is_rounded_as_in_the_reference(codes: Codes) -> None:
+    weight_NK = numbers_of_every_size()
     scales = Scales(torch.ones(1), torch.ones(len(weight_NK), 1))
     unit = (1, weight_NK.shape[1])
     assert_same(COMPILED.codes(codes, weight_NK, unit, scales), TORCH.codes(codes, weight_NK, unit, scales))
@@ -121,7 +125,9 @@ def test_kernels_are_compiled_each_time_where_they_cannot_be_kept(tmp_path: Path
     assert (run.stdout, run.stderr) == ("4.0\n", "")
 
 
-@pytest.mark.parametrize(("name", "device", "said"), [("cuda", "cpu", "known are auto, torch"), ("numba", "cuda", "for the CPU")])
+@pytest.mark.parametrize(
+    ("name", "device", "said"), [("cuda", "cpu", "known are auto, torch"), ("numba", "cuda", "for the CPU"), ("triton", "cpu", "for GPUs")]
+)
 def test_kernels_that_are_not_there_are_refused(name: str, device: str, said: str) -> None:
     with pytest.raises(RequestError, match=said):
         find_kernels(name, torch.device(device))

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor
 
 import streamquant
 from streamquant.checkpoint.header import DTYPE_BITS
+from streamquant.convert import plan_memory, resolve_devices
 from streamquant.errors import CheckpointError, RequestError
-from streamquant.memory import budget_memory, row_blocks
+from streamquant.memory import GPU_WORKING_BYTES, Gpus, Memory, budget_gpu_memory, budget_memory, row_blocks
 from streamquant.plan import Copy, Encode, Plan
 from tests.checkpoints import attention, mlp, weight, write_checkpoint
 
@@ -480,8 +482,88 @@ def test_row_blocks_cover_all_rows_once(num_rows: int, num_columns: int, row_mul
 def test_a_budget_too_small_is_refused_with_the_one_that_works(moe: Path) -> None:
     plan = streamquant.plan(moe, scheme="FP8_BLOCK")
     with pytest.raises(RequestError, match=r"give --max-memory (\d+)") as error:
-        budget_memory(plan, max_bytes=1000, num_workers=8, on_gpu=False)
+        budget_memory(plan, max_bytes=1000, num_workers=8)
     enough = int(str(error.value).rpartition(" ")[2])
-    memory = budget_memory(plan, max_bytes=enough, num_workers=8, on_gpu=False)
+    memory = budget_memory(plan, max_bytes=enough, num_workers=8)
     assert memory.num_workers == 1
     assert memory.peak_bytes <= enough
+
+
+# --- GPUs ------------------------------------------------------------------------------------------------------------
+
+
+def gpu_memory(plan: streamquant.Plan, *, gib: float = 16.0, num_gpus: int = 1, num_workers: int = 8, **settings: Any) -> Memory:
+    gpus = Gpus(num_gpus, int(gib * 2**30))
+    return budget_gpu_memory(plan, **{"max_bytes": 2 << 30, "num_workers": num_workers, "gpus": gpus} | settings)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> streamquant.Plan:
+    tensors = {f"model.layers.0.self_attn.{role}_proj.weight": weight(64, 300_000) for role in "qkv"}
+    return streamquant.plan(write_checkpoint(tmp_path_factory.mktemp("wide"), tensors), scheme="NVFP4A16")
+
+
+@pytest.mark.parametrize("num_gpus", [1, 2])
+@pytest.mark.parametrize("gib", [0.2, 0.5, 1.0, 2.0, 16.0, 100.0])
+@pytest.mark.parametrize("max_bytes", [100 << 20, 300 << 20, 2 << 30])
+def test_work_on_gpus_keeps_both_budgets(wide: streamquant.Plan, gib: float, num_gpus: int, max_bytes: int) -> None:
+    memory = gpu_memory(wide, gib=gib, num_gpus=num_gpus, max_bytes=max_bytes)
+    assert 1 <= memory.num_workers <= 8
+    assert memory.peak_bytes <= max_bytes
+    assert memory.gpu_peak_bytes <= gib * 2**30
+    block_bytes = max(memory.block_elements // 300_000, 1) * 300_000 * GPU_WORKING_BYTES
+    assert -(-memory.num_workers // num_gpus) * (block_bytes + memory.keep_bytes) <= gib * 2**30
+    assert memory.num_workers * (memory.to_gpu_bytes + memory.from_gpu_bytes) <= max_bytes
+
+
+def test_gpus_with_room_get_large_blocks_and_many_workers(wide: streamquant.Plan) -> None:
+    roomy, tight = gpu_memory(wide), gpu_memory(wide, gib=0.5)
+    assert (roomy.num_workers, roomy.block_elements) == (8, 1 << 23)
+    assert roomy.to_gpu_bytes == 1 << 24  # a task of bfloat16
+    assert (tight.num_workers, tight.block_elements) == (6, 1 << 20)
+    assert gpu_memory(wide, gib=0.5, num_gpus=2).num_workers == 8
+    members = next(step.members for step in wide.steps if isinstance(step, Encode))
+    assert roomy.keep_bytes >= sum(member.weight.decoded_bytes for member in members) > tight.keep_bytes
+
+
+def test_gpus_too_small_for_a_block_are_refused_with_what_works(tmp_path: Path) -> None:
+    tensors = {"model.layers.0.mlp.up_proj.weight": weight(128, 20_480)}
+    plan = streamquant.plan(write_checkpoint(tmp_path / "source", tensors), scheme="FP8_BLOCK")
+    with pytest.raises(RequestError, match=r"up_proj.weight: its smallest block .* give --max-gpu-memory \d+, or --device cpu") as error:
+        gpu_memory(plan, gib=0.1)
+    enough = int(re.search(r"--max-gpu-memory (\d+)", str(error.value))[1])  # type: ignore[index]
+    assert gpu_memory(plan, gib=enough / 2**30).num_workers == 1
+    with pytest.raises(RequestError, match=r"up_proj.weight: its smallest block .* give --max-memory \d+") as error:
+        gpu_memory(plan, max_bytes=1 << 20)
+    enough = int(str(error.value).rpartition(" ")[2])
+    assert gpu_memory(plan, max_bytes=enough).num_workers == 1
+
+
+def test_devices_are_the_cpu_or_gpus_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_devices("cpu") == (torch.device("cpu"),)
+    for name, value in (("is_available", True), ("device_count", 2), ("current_device", 1)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert resolve_devices("auto") == resolve_devices("cuda") == (torch.device("cuda:1"),)
+    assert resolve_devices("cuda:0,cuda:1") == (torch.device("cuda:0"), torch.device("cuda:1"))
+    for device, said in {
+        "cuda:0,cuda:2": "cuda:2 is not there",
+        "cuda,cuda:1": "names a GPU twice",
+        "cpu,cuda:0": "unknown device 'cpu'",
+        "cuda:": "unknown device 'cuda:'",
+    }.items():
+        with pytest.raises(RequestError, match=said):
+            resolve_devices(device)
+
+
+def test_memory_of_a_gpu_is_what_is_free_there(wide: streamquant.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = [torch.device("cuda:0"), torch.device("cuda:1")]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ([5 << 30, 3 << 30][device.index], 8 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 1 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
+    planned = partial(plan_memory, wide, devices=devices)
+    assert planned().gpu_peak_bytes <= (4 << 30) * 4 // 5
+    assert planned(threads=1).num_workers == 1
+    with pytest.raises(RequestError, match=r"--max-gpu-memory 5GiB is more than the 4294967296 bytes that are free on cuda:1"):
+        planned(max_gpu_memory="5GiB")
+    with pytest.raises(RequestError, match="--max-gpu-memory 5GiB is for GPUs"):
+        plan_memory(wide, devices=[torch.device("cpu")], max_gpu_memory="5GiB")

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,13 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamquant.errors import CheckpointError, RequestError
+from streamquant.kernels import find_kernels
 from streamquant.report import bits_per_weight
 from streamquant.schemes import SCHEMES, Scheme, find_scheme, scheme_from_config
 from streamquant.stored import dtype_name, stored_bytes, stored_tensors
 from tests import oracles
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+DEVICES = [(CPU, "torch"), *([(GPU, "torch"), (GPU, "triton")] if torch.cuda.is_available() else [])]  # and kernels
 SHAPES = [(24, 256), (131, 384), (1, 128)]
 SHAPES_OF_UNIT = {16: [(5, 48)], 32: [(9, 96)], 64: [(3, 192)], 128: [(7, 128)]}
 ODD_SHAPES = [(131, 129), (13, 37), (3, 1)]
@@ -68,14 +71,15 @@ def join_blocks(scheme: Scheme, weight_NK: Tensor, starts: list[int]) -> dict[st
 # --- the bytes ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("device", "kernels"), DEVICES, ids=str)
 @each_dtype
 @each_scheme
-def test_codes_and_scales_are_those_of_the_oracle(scheme: Scheme, dtype: torch.dtype, device: str) -> None:
+def test_codes_and_scales_are_those_of_the_oracle(scheme: Scheme, dtype: torch.dtype, device: torch.device, kernels: str) -> None:
+    encode = partial(scheme.encode_whole, kernels=find_kernels(kernels, device))
     for shape in shapes_of(scheme):
         for name, weight_NK in oracles.weights_to_try(shape, dtype).items():
             before = weight_NK.clone()
-            stored = {suffix: tensor.cpu() for suffix, tensor in scheme.encode_whole(weight_NK.to(device)).items()}
+            stored = {suffix: tensor.cpu() for suffix, tensor in encode(weight_NK.to(device)).items()}
             oracle = oracles.encode(weight_NK, scheme.format, scheme.weights_config, **oracle_settings(scheme))
             assert oracles.differences(stored, oracle) == {}, (name, shape)
             assert oracles.differences({"": weight_NK}, {"": before}) == {}, "the argument was written to"

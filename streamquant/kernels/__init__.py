@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -11,23 +12,46 @@ from streamquant.schemes.kernels import TORCH, Kernels
 if TYPE_CHECKING:
     import torch
 
-KERNELS = ("auto", "torch", "numba")
+KERNELS = ("auto", "torch", "numba", "triton")
+MADE_FOR = {"numba": "cpu", "triton": "cuda"}
+REMEDIES = {"numba": "pip install 'streamquant[fast]'", "triton": "it comes with torch for CUDA"}
+LOGGER = logging.getLogger("streamquant")
 
 
-def find_kernels(name: str, device: torch.device) -> Kernels:
-    """The kernels of this name for a device; "auto" takes compiled ones where their package is installed.
+def find_kernels(name: str, *devices: torch.device) -> Kernels:
+    """The kernels of this name for devices of one type; "auto" takes those made for it where their package is installed and works.
 
-    Raises RequestError for an unknown name, and for kernels that are not there.
+    Raises RequestError for an unknown name, and for kernels that are not there or do not work.
     """
     if name not in KERNELS:
         raise RequestError(f"unknown kernels {name!r}; known are {', '.join(KERNELS)}")
-    has_numba = find_spec("numba") is not None
-    if name == "torch" or (name == "auto" and not (has_numba and device.type == "cpu")):
+    if name == "torch":
         return TORCH
-    if device.type != "cpu":
-        raise RequestError(f"kernels {name} are for the CPU, not for {device}; use --kernels auto")
-    if not has_numba:
-        raise RequestError("kernels numba need the package numba: pip install 'streamquant[fast]', or use --kernels torch")
-    from streamquant.kernels.compiled import CompiledKernels  # here, since numba is optional and takes half a second
+    if name == "auto":
+        made = [each for each, kind in MADE_FOR.items() if kind == devices[0].type and find_spec(each) is not None]
+        try:
+            return _load(made[0], devices) if made else TORCH
+        except RequestError as error:
+            LOGGER.warning("%s", error, extra={"event": "warning"})
+            return TORCH
+    if devices[0].type != MADE_FOR[name]:
+        made_for = {"cpu": "the CPU", "cuda": "GPUs"}[MADE_FOR[name]]
+        raise RequestError(f"kernels {name} are for {made_for}, not for {devices[0]}; use --kernels auto")
+    if find_spec(name) is None:
+        raise RequestError(f"kernels {name} need the package {name}: {REMEDIES[name]}, or use --kernels torch")
+    return _load(name, devices)
 
-    return CompiledKernels()
+
+def _load(name: str, devices: tuple[torch.device, ...]) -> Kernels:
+    # Imported here, since they are optional and take half a second.
+    if name == "numba":
+        from streamquant.kernels.compiled import CompiledKernels
+
+        return CompiledKernels()
+    from streamquant.kernels.fused import TritonKernels
+
+    kernels = TritonKernels()
+    for device in devices:
+        if fault := kernels.fault(device):
+            raise RequestError(f"kernels triton do not work on {device}: {fault}; --kernels torch gives the same bytes")
+    return kernels

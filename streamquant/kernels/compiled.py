@@ -53,6 +53,7 @@ class CompiledKernels(TorchKernels):
 
     name = "numba"
     working_bytes = 10  # the source, the codes, and scales of groups of 16
+    search_bytes = 12  # scales and errors of ten candidates for groups of 16
 
     def extremes(self, weight_NK: Tensor, unit: tuple[int, int], *, symmetric: bool) -> Tensor:
         if weight_NK.shape[1] % unit[1]:

@@ -29,6 +29,10 @@ class Kernels(Protocol):
     def working_bytes(self) -> int:
         """Memory for each element of a block that is observed and encoded, the block included, at most."""
 
+    @property
+    def search_bytes(self) -> int:
+        """What an observer that searches takes more for each element."""
+
     def extremes(self, weight_NK: Tensor, unit: tuple[int, int], *, symmetric: bool) -> Tensor:
         """Of each unit the largest magnitude, or the minimum and the maximum with zero among them: float32 [B, R, C].
 
@@ -50,6 +54,7 @@ class TorchKernels:
 
     name = "torch"
     working_bytes = 40  # the source and at most nine temporaries in float32 (search, e2m1)
+    search_bytes = 0
 
     def extremes(self, weight_NK: Tensor, unit: tuple[int, int], *, symmetric: bool) -> Tensor:
         weight_RaCb = cut_units(weight_NK, unit)

@@ -12,11 +12,13 @@ Legend: R rows of units, C units in a row, a rows and b columns of a unit, B bou
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from streamquant.lazy import torch
 from streamquant.schemes.kernels import Kernels
 from streamquant.schemes.rounding import power_2_4, power_of_two_multiple
+from streamquant.schemes.units import Scales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +34,7 @@ class SearchGrid(NamedTuple):
     expand: float = 1.0
 
 
-CANDIDATES_AT_ONCE = 8
+CANDIDATES_AT_ONCE = 10
 OBSERVERS: dict[str, SearchGrid | None] = {
     "minmax": None,
     "power_of_two": None,
@@ -53,17 +55,15 @@ def observe_units(scheme: Scheme, weight_NK: Tensor, unit: tuple[int, int], kern
 def _search(scheme: Scheme, weight_NK: Tensor, unit: tuple[int, int], extremes_BRC: Tensor, grid: SearchGrid, kernels: Kernels) -> Tensor:
     dtype = weight_NK.dtype
     widest_BRC = (extremes_BRC * grid.expand).to(dtype).float()
-    # Candidates are numbers of the weight's dtype, as the peer's are.
-    candidates = [extremes_BRC]
-    candidates += [(widest_BRC * (1 - i / grid.steps)).to(dtype).float() for i in range(int(grid.shrink * grid.steps))]
     unit_scale_RC = scheme.search_scales(extremes_BRC, dtype).scale_RC
     best_BRC, best_error_RC = extremes_BRC, None
-    for start in range(0, len(candidates), CANDIDATES_AT_ONCE):
-        batch = candidates[start : start + CANDIDATES_AT_ONCE]
-        scales = [scheme.search_scales(bounds_BRC, dtype) for bounds_BRC in batch]
-        sum_QRC = kernels.errors(scheme.codes, weight_NK, unit, scales)
-        for bounds_BRC, of, sum_RC in zip(batch, scales, sum_QRC, strict=True):
-            error_RC = sum_RC * power_2_4(of.scale_RC / unit_scale_RC)  # in units of one scale, so that nothing underflows
+    for bounds_BQRC in _candidates(extremes_BRC, widest_BRC, grid, dtype):
+        scales = scheme.search_scales(bounds_BQRC.flatten(1, 2), dtype)  # of all at once: a GPU takes longer to start than to do it
+        shape_QRC = bounds_BQRC.shape[1:]
+        sum_QRC = kernels.errors(scheme.codes, weight_NK, unit, _split(scales, shape_QRC[0]))
+        # In units of one scale, so that nothing underflows.
+        error_QRC = sum_QRC * power_2_4(scales.scale_RC.view(shape_QRC) / unit_scale_RC)
+        for bounds_BRC, error_RC in zip(bounds_BQRC.unbind(1), error_QRC, strict=True):
             if best_error_RC is None:
                 best_error_RC = error_RC
                 continue
@@ -71,3 +71,18 @@ def _search(scheme: Scheme, weight_NK: Tensor, unit: tuple[int, int], extremes_B
             best_BRC = torch.where(better_RC, bounds_BRC, best_BRC)
             best_error_RC = torch.where(better_RC, error_RC, best_error_RC)
     return best_BRC
+
+
+def _candidates(extremes_BRC: Tensor, widest_BRC: Tensor, grid: SearchGrid, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The extremes and those of the grid, some at a time: [B, Q, R, C]. They are numbers of the weight's dtype, as the peer's are."""
+    factors = [1 - i / grid.steps for i in range(int(grid.shrink * grid.steps))]
+    factor_Q11 = torch.tensor(factors, device=widest_BRC.device)[:, None, None]
+    for start in range(0, len(factors), CANDIDATES_AT_ONCE):
+        bounds_BQRC = (widest_BRC[:, None] * factor_Q11[start : start + CANDIDATES_AT_ONCE]).to(dtype).float()
+        yield bounds_BQRC if start else torch.cat([extremes_BRC[:, None], bounds_BQRC], dim=1)
+
+
+def _split(scales: Scales, count: int) -> list[Scales]:
+    """Scales of `count` candidates that lie one below the other."""
+    zeros = [None] * count if scales.zero_RC is None else scales.zero_RC.chunk(count)
+    return [Scales(*each) for each in zip(scales.stored_RC.chunk(count), scales.scale_RC.chunk(count), zeros, strict=True)]

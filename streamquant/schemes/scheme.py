@@ -173,12 +173,12 @@ class Scheme(ABC):
         scales = self.scales(bounds_BRC, weight_NK.dtype, shared)
         return self.stored(kernels.codes(self.codes, weight_NK, self.unit(weight_NK.shape[1]), scales), scales)
 
-    def encode_whole(self, weight_NK: Tensor) -> dict[str, Tensor]:
+    def encode_whole(self, weight_NK: Tensor, *, kernels: Kernels = TORCH) -> dict[str, Tensor]:
         """Quantize a weight that stands alone: every stored tensor, by the last part of its name."""
-        bounds_BRC, shared = self.observe(weight_NK), None
+        bounds_BRC, shared = self.observe(weight_NK, kernels=kernels), None
         if self.shares_amax:
             shared = self.share(bounds_BRC.abs().amax().view(1), weight_NK.dtype)
-        by_rows = self.encode(weight_NK, bounds_BRC, shared=shared)
+        by_rows = self.encode(weight_NK, bounds_BRC, shared=shared, kernels=kernels)
         return by_rows | self.once((weight_NK.shape[0], weight_NK.shape[1]), weight_NK.dtype, shared)
 
     def decode(self, stored: Mapping[str, Tensor], num_columns: int) -> Tensor:
