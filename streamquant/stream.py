@@ -130,6 +130,14 @@ class _StepInWork:
     tasks: Sequence[_Task] = ()
 
 
+class _Part(NamedTuple):
+    """A weight of a batch."""
+
+    step: Encode
+    member: Member
+    output: StepWriter
+
+
 @dataclass(slots=True)
 class _Batch:
     """Small steps that are encoded together."""
@@ -334,10 +342,10 @@ class _Engine:
         )
 
     def _batch_task(self, batch: _Batch) -> _Task:
-        weights = [member.weight for step in batch.steps for member in step.members]
+        parts = [_Part(step, member, work.output) for work, step in zip(batch.in_work, batch.steps, strict=True) for member in step.members]
         extents = [extent for step in batch.steps for extent in _all_extents(step)]
-        task = _Task(weights[0].name, sum(weight.num_bytes for weight in weights), extents, partial(self._encode_batch, batch))
-        task.ends = batch.in_work
+        num_bytes = sum(step.source_bytes for step in batch.steps)
+        task = _Task(parts[0].member.weight.name, num_bytes, extents, partial(self._encode_batch, parts), ends=batch.in_work)
         for step_in_work in batch.in_work:
             step_in_work.tasks = [task]
         return task
@@ -465,11 +473,10 @@ class _Engine:
         if start == 0:
             self._store_once(member, scheme, output, shared)
 
-    def _encode_batch(self, batch: _Batch, reader: Reader) -> None:
-        """Encode steps of one scheme, one number of columns and one dtype as if they were one weight."""
-        scheme = batch.steps[0].scheme
-        members = [(member, work.output, step) for work, step in zip(batch.in_work, batch.steps, strict=True) for member in step.members]
-        weights = [member.weight for member, _, _ in members]
+    def _encode_batch(self, parts: Sequence[_Part], reader: Reader) -> None:
+        """Encode weights of one scheme, one number of columns and one dtype as if they were one."""
+        scheme = parts[0].step.scheme
+        weights = [part.member.weight for part in parts]
         memory = self._lane.memory_to_read()("batch", sum(weight.num_bytes for weight in weights))
         with self._trace.span("read"):
             for weight, piece in zip(weights, torch.split(memory, [weight.num_bytes for weight in weights]), strict=True):
@@ -479,7 +486,7 @@ class _Engine:
         with self._trace.span("observe"):
             bounds_BRC = scheme.observe(weight_NK, kernels=self._kernels)
         if not math.isfinite(_largest(bounds_BRC)):
-            for member, output, step in members:  # finds the one
+            for step, member, output in parts:  # finds the one
                 self._encode(step, member, 0, member.weight.shape[0], output, reader)
             return
         with self._trace.span("encode"):
@@ -487,7 +494,7 @@ class _Engine:
             num_lines = {suffix: len(tensor) for suffix, tensor in stored.items()}
             bytes_of = self._lane.to_host(stored)
         start = 0
-        for member, output, _ in members:
+        for _, member, output in parts:
             end = start + member.weight.shape[0]
             for suffix, count in num_lines.items():
                 line_bytes = len(bytes_of[suffix]) // count
@@ -495,7 +502,7 @@ class _Engine:
                 with self._trace.span("write"):
                     output.write(member.place(suffix).start, bytes_of[suffix][first:last])
             start = end
-        for member, output, _ in members:
+        for _, member, output in parts:
             self._store_once(member, scheme, output, None)
 
     def _repack(self, step: Encode, member: Member, start: int, end: int, output: StepWriter, reader: Reader) -> None:

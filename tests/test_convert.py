@@ -435,6 +435,16 @@ def test_what_is_done_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.
     assert max(num_tensors) - num_tensors[0] < 10  # of 128 that were scanned
 
 
+def test_batches_leave_nothing_behind(source: Path, tmp_path: Path) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        streamquant.convert(source, tmp_path / "out", scheme="W4A16")
+        assert not [thing for thing in gc.get_objects() if type(thing) in {stream._Task, stream._Batch, stream._StepInWork}]
+    finally:
+        gc.enable()
+
+
 def test_torch_keeps_its_threads(source: Path, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     streamquant.convert(source, tmp_path / "out", scheme="W4A16")
