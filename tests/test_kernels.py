@@ -103,7 +103,7 @@ def test_kernels_change_no_byte_of_an_output(tmp_path: Path, wish: dict[str, str
     assert file_bytes(tmp_path / "torch") == file_bytes(tmp_path / "numba")
 
 
-def test_what_is_installed_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_installed_is_taken(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     assert find_kernels("auto", CPU).name == "numba"
     assert find_kernels("torch", CPU) is TORCH
     assert find_kernels("auto", torch.device("meta")) is TORCH
@@ -112,7 +112,9 @@ def test_what_is_installed_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         return None
 
     monkeypatch.setattr("streamquant.kernels.find_spec", no_numba)
-    assert find_kernels("auto", CPU) is TORCH
+    with caplog.at_level("INFO", logger="streamquant"):
+        assert find_kernels("auto", CPU) is TORCH
+    assert "pip install 'streamquant[fast]'" in caplog.text
     with pytest.raises(RequestError, match=r"pip install 'streamquant\[fast\]'"):
         find_kernels("numba", CPU)
 

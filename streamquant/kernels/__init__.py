@@ -28,9 +28,14 @@ def find_kernels(name: str, *devices: torch.device) -> Kernels:
     if name == "torch":
         return TORCH
     if name == "auto":
-        made = [each for each, kind in MADE_FOR.items() if kind == devices[0].type and find_spec(each) is not None]
+        made = next((each for each, kind in MADE_FOR.items() if kind == devices[0].type), None)
+        if made is None:
+            return TORCH
+        if find_spec(made) is None:
+            LOGGER.info("torch computes; %s would be several times as fast: %s", made, REMEDIES[made])
+            return TORCH
         try:
-            return _load(made[0], devices) if made else TORCH
+            return _load(made, devices)
         except RequestError as error:
             LOGGER.warning("%s", error, extra={"event": "warning"})
             return TORCH
