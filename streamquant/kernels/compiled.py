@@ -370,9 +370,10 @@ def _codes_packed_int(weight, a, b, scale, zero, smallest, largest, num_bits, pa
     code = np.zeros(-(-num_columns // 32) * 32, np.uint8)
     for row in range(len(weight)):
         of_row = zero[row // a] if len(zero) else scale[0, :0]
-        _int_codes(weight[row], scale[row // a], of_row, b, smallest, largest, rounder, code[:num_columns])
+        target = packed[row, :num_columns] if num_bits == 8 else code[:num_columns]
+        _int_codes(weight[row], scale[row // a], of_row, b, smallest, largest, rounder, target)
         if num_bits == 8:
-            packed[row] = code[: packed.shape[1]]
+            packed[row, num_columns:] = 0
         elif num_bits == 4:
             _pack_nibbles(code[: 2 * packed.shape[1]], packed[row])
         else:
