@@ -1,10 +1,12 @@
 """Ranges by HTTP, over TLS and through proxies, against a few lines of server each."""
 
+import http.client
 import shutil
 import socket
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -216,13 +218,19 @@ def test_a_tunnel_is_dug_through_a_proxy_for_https(
     assert "Proxy-Authorization" not in server.seen[0]
 
 
-def test_stopping_wakes_whoever_waits(opened: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+HEAD_OF_LAST_ANSWER = b"HTTP/1.1 206 Partial Content\r\nContent-Length: 199000\r\nConnection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize("head", [b"", HEAD_OF_LAST_ANSWER], ids=["for an answer", "for the rest of the last answer"])
+def test_stopping_wakes_whoever_waits(opened: ExitStack, monkeypatch: pytest.MonkeyPatch, head: bytes) -> None:
+    """Also where http.client has given the socket away to the answer, since the connection ends with it."""
     asked, done = threading.Event(), threading.Event()
 
     def answer(connection: socket.socket) -> None:
         connection.recv(65536)
+        connection.sendall(head)
         asked.set()
-        done.wait(20)
+        done.wait(60)
 
     monkeypatch.setenv("NO_PROXY", "*")
     port = answer_once(opened, answer)
@@ -231,13 +239,37 @@ def test_stopping_wakes_whoever_waits(opened: ExitStack, monkeypatch: pytest.Mon
 
     def stop() -> None:
         asked.wait(20)
+        time.sleep(0.2)  # for the answer to be parsed
         reader.stop()
 
-    opened.callback(threading.Timer(0, stop).start)
     stopper = threading.Thread(target=stop)
     stopper.start()
-    with pytest.raises(Transient):
-        fetch(reader, f"http://localhost:{port}/x")
+    started = time.monotonic()
+    with pytest.raises(Transient), reader.get(Location(f"http://localhost:{port}/x", {}, 199_000)) as (response, _):
+        response.read()
+    assert time.monotonic() - started < 20
     stopper.join()
     with pytest.raises(NetworkError, match="localhost: stopped"):
+        fetch(reader, f"http://localhost:{port}/x")
+
+
+def test_a_connection_made_while_stopping_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, opened: ExitStack) -> None:
+    done = threading.Event()
+
+    def answer(connection: socket.socket) -> None:
+        del connection
+        done.wait(60)
+
+    port = answer_once(opened, answer)
+    opened.callback(done.set)
+    monkeypatch.setenv("NO_PROXY", "*")
+    reader = HttpReader()
+    connect = http.client.HTTPConnection.connect
+
+    def stopped_meanwhile(connection: http.client.HTTPConnection) -> None:
+        connect(connection)
+        reader.stop()
+
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", stopped_meanwhile)
+    with pytest.raises(Transient, match="stopped"):
         fetch(reader, f"http://localhost:{port}/x")

@@ -476,7 +476,7 @@ def test_a_killed_job_whose_branch_moved_on_says_how_to_go_on(serve: Start, mode
 
 
 def test_sigterm_does_not_wait_for_the_network(serve: Start, model: Path, tmp_path: Path) -> None:
-    hub = serve(model, stall_seconds=60.0)
+    hub = serve(model, stall_seconds=300.0)
     out = tmp_path / "out"
     args = command("convert", REPO, str(out), "--scheme", "W4A16", "--quiet")
     process = subprocess.Popen(args, cwd=ROOT, env=environment(hub, tmp_path), stderr=subprocess.PIPE, text=True)
@@ -488,7 +488,7 @@ def test_sigterm_does_not_wait_for_the_network(serve: Start, model: Path, tmp_pa
     started = time.monotonic()
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
-    assert time.monotonic() - started < 12
+    assert time.monotonic() - started < 25  # after 30 s without a byte it would connect anew
     assert (process.returncode, said) == (75, "error: stopped by SIGTERM; the same command goes on where it was\n")
 
 

@@ -59,7 +59,7 @@ class HttpReader:
     def __init__(self, trust: Callable[[], ssl.SSLContext] = ssl.create_default_context):
         self._trust = trust
         self._idle: defaultdict[_Origin, list[http.client.HTTPConnection]] = defaultdict(list)
-        self._busy: set[http.client.HTTPConnection] = set()
+        self._busy: dict[http.client.HTTPConnection, socket.socket | None] = {}  # None until they are connected
         self._lock = threading.Lock()
         self._context: ssl.SSLContext | None = None
         self._stopped = False
@@ -101,10 +101,10 @@ class HttpReader:
         """Make every read that is under way fail."""
         self._stopped = True
         with self._lock:
-            for connection in self._busy:
-                if connection.sock is not None:
+            for sock in self._busy.values():
+                if sock is not None:
                     with suppress(OSError):  # it may be closed by now
-                        connection.sock.shutdown(socket.SHUT_RDWR)
+                        sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connections that are not in use."""
@@ -146,6 +146,9 @@ class HttpReader:
         while True:
             connection, is_reused = self._connection(origin)
             try:
+                if connection.sock is None:
+                    connection.connect()
+                self._watch(connection)
                 connection.request("GET", _target(parts), headers={**_proxy_headers(origin), **headers})
                 return connection, connection.getresponse()
             except (OSError, http.client.HTTPException) as error:
@@ -161,8 +164,15 @@ class HttpReader:
                 raise NetworkError(f"{origin.host}: stopped")
             is_reused = bool(self._idle[origin])
             connection = self._idle[origin].pop() if is_reused else self._new_connection(origin)
-            self._busy.add(connection)
+            self._busy[connection] = None
         return connection, is_reused
+
+    def _watch(self, connection: http.client.HTTPConnection) -> None:
+        """Let `stop` end what waits for this connection, also after it has given its socket to an answer."""
+        with self._lock:
+            if self._stopped:
+                raise ConnectionAbortedError("stopped")
+            self._busy[connection] = connection.sock
 
     def _new_connection(self, origin: _Origin) -> http.client.HTTPConnection:
         proxy = _proxy(origin)
@@ -178,7 +188,7 @@ class HttpReader:
 
     def _release(self, origin: _Origin, connection: http.client.HTTPConnection, *, is_whole: bool) -> None:
         with self._lock:
-            self._busy.discard(connection)
+            self._busy.pop(connection, None)
             if is_whole and not self._stopped:
                 self._idle[origin].append(connection)
             else:
