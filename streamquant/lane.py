@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from streamquant.errors import RequestError
 from streamquant.inputs.weight import Allocate
@@ -53,7 +53,7 @@ class Lane:
     def keeping(self, num_bytes: int) -> Keeping:
         """For blocks that stay on the device together; those of the call before go."""
         # One piece, used again and again: blocks kept one by one between temporaries would tear the heap apart.
-        return Keeping(_Arena(self.buffer("kept", num_bytes)))
+        return _HostKeeping(_Arena(self.buffer("kept", num_bytes)))
 
     def to_device(self, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """What was read, where it is computed on. Good until `memory_to_read` is called again."""
@@ -64,27 +64,38 @@ class Lane:
         return {suffix: _bytes(tensor) for suffix, tensor in stored.items()}
 
 
-class Keeping:
-    """Blocks kept on the CPU: where they were read, or copied if they were decoded."""
+class Keeping(Protocol):
+    """Blocks that stay on a device together."""
+
+    def memory_to_read(self) -> Allocate:
+        """Memory to read a block into that is kept as it is."""
+
+    def keep(self, weight_NK: Tensor, dtype: torch.dtype) -> Tensor:
+        """A block that something else may overwrite, kept in `dtype`."""
+
+
+class _HostKeeping:
+    """Blocks stay where they were read; decoded ones are copied."""
 
     def __init__(self, arena: _Arena):
         self._arena = arena
 
     def memory_to_read(self) -> Allocate:
-        """Memory for blocks that are kept as they are."""
         return lambda _, num_bytes: self._arena.take(num_bytes)
 
     def keep(self, weight_NK: Tensor, dtype: torch.dtype) -> Tensor:
-        """A block that something else will overwrite, kept in `dtype`."""
         piece = self._arena.take(weight_NK.numel() * dtype.itemsize)
         return piece.view(dtype).view(weight_NK.shape).copy_(weight_NK)
 
 
-class CudaKeeping(Keeping):
-    """Blocks kept on a GPU, where each has memory of its own."""
+class _CudaKeeping:
+    """Blocks stay in the memory of the GPU, where each has its own."""
 
     def __init__(self, lane: CudaLane):
-        self.memory_to_read = lane.memory_to_read  # type: ignore[method-assign]
+        self._lane = lane
+
+    def memory_to_read(self) -> Allocate:
+        return self._lane.memory_to_read()
 
     def keep(self, weight_NK: Tensor, dtype: torch.dtype) -> Tensor:
         return weight_NK.to(dtype)
@@ -115,7 +126,7 @@ class CudaLane(Lane):
 
     def keeping(self, num_bytes: int) -> Keeping:
         del num_bytes
-        return CudaKeeping(self)
+        return _CudaKeeping(self)
 
     def to_device(self, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         copies = {role: torch.empty_like(tensor, device=self.device) for role, tensor in stored.items()}
