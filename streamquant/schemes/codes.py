@@ -37,12 +37,8 @@ class Codes(ABC):
         """What is stored -> float32 values [N, K]."""
 
 
-@dataclass(frozen=True, slots=True)
-class E4m3(Codes):
-    """FP8 (e4m3fn), F8_E4M3 [N, K]."""
-
-    def round(self, quotient: Tensor) -> Tensor:
-        return round_to_e4m3(quotient)
+class _Unpacked(Codes):
+    """Numbers of a dtype of torch, [N, K]."""
 
     def value(self, code: Tensor) -> Tensor:
         return code.float()
@@ -53,6 +49,14 @@ class E4m3(Codes):
     def unpack(self, stored: Tensor, num_columns: int) -> Tensor:
         del num_columns
         return stored.float()
+
+
+@dataclass(frozen=True, slots=True)
+class E4m3(_Unpacked):
+    """FP8 (e4m3fn), F8_E4M3 [N, K]."""
+
+    def round(self, quotient: Tensor) -> Tensor:
+        return round_to_e4m3(quotient)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,20 +114,10 @@ class PackedIntegers(_Integers):
 
 
 @dataclass(frozen=True, slots=True)
-class Numbers(Codes):
+class Numbers(_Unpacked):
     """Numbers of a torch dtype, as they are."""
 
     dtype: torch.dtype
 
     def round(self, quotient: Tensor) -> Tensor:
         return quotient.to(self.dtype)
-
-    def value(self, code: Tensor) -> Tensor:
-        return code.float()
-
-    def pack(self, code_NK: Tensor) -> Tensor:
-        return code_NK
-
-    def unpack(self, stored: Tensor, num_columns: int) -> Tensor:
-        del num_columns
-        return stored.float()
