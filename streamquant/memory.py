@@ -27,6 +27,7 @@ from streamquant.lazy import torch
 from streamquant.plan import Encode, Plan
 from streamquant.schemes import Scheme
 from streamquant.schemes.kernels import TORCH
+from streamquant.schemes.observers import OBSERVERS
 from streamquant.sizes import MEBIBYTE, enough_mebibytes
 
 BLOCK_ELEMENTS = 1 << 18  # operations of torch on them about fit a 2 MB L2 cache
@@ -41,7 +42,7 @@ LANES_PER_GPU = 4  # workers: one that reads, one that writes, one for each dire
 MAX_GPU_KEEP_BYTES = 1 << 30
 COPY_BYTES = 8 << 20
 PAGE_BYTES = 4096
-MAX_KEEP_BYTES = 64 << 20
+MAX_KEEP_BYTES = 64 << 20  # reading again is nearly as fast from there on; searching again is not, so searches keep twice as much
 MIN_READ_BYTES = 1 << 20
 MAX_READ_BYTES = 16 << 20
 MIN_READ_AHEAD_BYTES = 4 << 20
@@ -156,7 +157,8 @@ def budget_memory(
     batch_bytes = batch_elements * working_bytes if smallest <= batch_elements // SMALL_PART else 0
     if reads_parts:
         read_bytes = max(min(left // 4, MAX_READ_BYTES), MIN_READ_BYTES)
-    keep_bytes = min(left - 2 * read_bytes, MAX_KEEP_BYTES)
+    searches = any(isinstance(step, Encode) and OBSERVERS[step.scheme.observer] for step in plan.steps)
+    keep_bytes = min(left - 2 * read_bytes, MAX_KEEP_BYTES * (1 + searches))
     keep_bytes = keep_bytes * 4 // 5  # the rest holds what was observed of the weights
     peak_bytes = num_workers * (max(block_bytes, batch_bytes) + 2 * read_bytes + _kept(plan, keep_bytes) * 5 // 4) + ahead
     _require_room(peak_bytes, needed + ahead, max_bytes, container)
