@@ -26,7 +26,6 @@ from streamquant.output import files_of, finish, is_done, is_finished, job_of, r
 from streamquant.plan import Copy, Encode, Plan, make_plan
 from streamquant.recipe import Recipe, make_recipe
 from streamquant.schemes.kernels import TORCH, Kernels
-from streamquant.schemes.observers import OBSERVERS
 from streamquant.schemes.plain import Plain
 from streamquant.sizes import format_bytes, parse_size
 from streamquant.stream import OnProgress, spool_bytes, stream_shards
@@ -308,7 +307,6 @@ def plan_memory(
     kind = devices[0].type
     max_bytes = parse_size(DEFAULT_MEMORY[kind] if max_memory is None else max_memory)
     container, is_remote, may_shrink = container_for(the_plan, devices=devices), the_plan.checkpoint.is_remote, max_memory is None
-    searches = any(isinstance(step, Encode) and OBSERVERS[step.scheme.observer] for step in the_plan.steps)
     if kind == "cpu":
         if max_gpu_memory is not None:
             raise RequestError(f"--max-gpu-memory {max_gpu_memory} is for GPUs, and this is done on the CPU; leave it out")
@@ -316,7 +314,7 @@ def plan_memory(
             the_plan,
             max_bytes=max_bytes,
             num_workers=threads or available_cpus(),
-            working_bytes=kernels.working_bytes + kernels.search_bytes * searches,
+            kernels=kernels,
             is_remote=is_remote,
             container=container,
             may_shrink=may_shrink,

@@ -26,7 +26,7 @@ from streamquant.inputs import Weight
 from streamquant.lazy import torch
 from streamquant.plan import Encode, Plan
 from streamquant.schemes import Scheme
-from streamquant.schemes.kernels import TORCH
+from streamquant.schemes.kernels import TORCH, Kernels
 from streamquant.schemes.observers import OBSERVERS
 from streamquant.sizes import MEBIBYTE, enough_mebibytes
 
@@ -117,17 +117,18 @@ def budget_memory(
     *,
     max_bytes: int,
     num_workers: int,
-    working_bytes: int = TORCH.working_bytes,
+    kernels: Kernels = TORCH,
     is_remote: bool = False,
     container: Container | None = None,
     may_shrink: bool = False,
 ) -> Memory:
     """Fit the work into `max_bytes`, or less if it `may_shrink` to what the container allows, with at most `num_workers` workers.
 
-    working_bytes: what the kernels need for each element of a block of plain weights.
     Raises RequestError naming the smallest budget that works if even one worker needs more, and the smallest limit that works if the
     container does not allow it.
     """
+    searches = any(isinstance(step, Encode) and OBSERVERS[step.scheme.observer] for step in plan.steps)
+    working_bytes = kernels.working_bytes + kernels.search_bytes * searches
     plain_block_elements = BLOCK_ELEMENTS * TORCH.working_bytes // working_bytes
     block_bytes, culprit = COPY_BYTES, ""
     reads_parts = False
@@ -157,7 +158,6 @@ def budget_memory(
     batch_bytes = batch_elements * working_bytes if smallest <= batch_elements // SMALL_PART else 0
     if reads_parts:
         read_bytes = max(min(left // 4, MAX_READ_BYTES), MIN_READ_BYTES)
-    searches = any(isinstance(step, Encode) and OBSERVERS[step.scheme.observer] for step in plan.steps)
     keep_bytes = min(left - 2 * read_bytes, MAX_KEEP_BYTES * (1 + searches))
     keep_bytes = keep_bytes * 4 // 5  # the rest holds what was observed of the weights
     peak_bytes = num_workers * (max(block_bytes, batch_bytes) + 2 * read_bytes + _kept(plan, keep_bytes) * 5 // 4) + ahead
