@@ -41,9 +41,9 @@ class CountingKernels(TorchKernels):
         self._count("codes", weight_NK)
         return super().codes(codes, weight_NK, unit, scales)
 
-    def errors(self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], candidates: Sequence[Scales]) -> Tensor:
-        self._count("errors", weight_NK)
-        return super().errors(codes, weight_NK, unit, candidates)
+    def best(self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], candidates: Sequence[Scales]) -> Tensor:
+        self._count("best", weight_NK)
+        return super().best(codes, weight_NK, unit, candidates)
 
     def _count(self, operation: str, weight_NK: Tensor) -> None:
         self.calls[operation] += 1
@@ -146,7 +146,7 @@ def test_a_large_weight_takes_a_call_of_each_operation_for_a_block(
     source = write_checkpoint(tmp_path / "large", {"model.layers.0.mlp.down_proj.weight": weight(1024, 512)})
     streamquant.convert(source, tmp_path / "out", scheme="W4A16", observer="mse")
     num_blocks = 1024 * 512 // BLOCK
-    assert kernels.calls == {"extremes": num_blocks, "errors": 2 * num_blocks, "codes": num_blocks}
+    assert kernels.calls == {"extremes": num_blocks, "best": num_blocks, "codes": num_blocks}
 
 
 def test_the_disk_begins_before_the_end(experts: Path, tmp_path: Path, system: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,15 @@ import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
+import numba
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import streamquant
 from streamquant.errors import RequestError
-from streamquant.kernels import find_kernels
+from streamquant.kernels import find_kernels, search
 from streamquant.schemes import Scheme
 from streamquant.schemes.codes import ByteIntegers, Codes, E2m1, E4m3, PackedIntegers
 from streamquant.schemes.kernels import TORCH, Kernels
@@ -75,6 +77,67 @@ def test_every_number_is_rounded_as_in_the_reference(codes: Codes) -> None:
     assert_same(COMPILED.codes(codes, weight_NK, unit, scales), TORCH.codes(codes, weight_NK, unit, scales))
     small_NK = weight_NK.clamp(-1e6, 1e6)  # power_2_4 is for distances below 2**24
     assert_same(COMPILED.errors(codes, small_NK, unit, [scales]), TORCH.errors(codes, small_NK, unit, [scales]))
+
+
+def test_the_rough_power_is_as_near_as_the_bound_supposes() -> None:
+    """Every number of five binades, over which the guess repeats, and some of every size."""
+    of_squares = np.arange(1 << 23, 6 << 23, dtype=np.uint32) + np.uint32(60 << 23)
+    value = np.sqrt(of_squares.view(np.float32))
+    more = np.float32(2.0) ** np.arange(-28, 24, dtype=np.float32)[:, None] * np.linspace(1, 2, 999, dtype=np.float32)
+    for values in (value, more.ravel()):
+        rough, exact = np.empty_like(values), values.astype(np.float64) ** 2.4
+        rough_powers(values, rough)
+        assert (np.abs(rough - exact) <= search.POWER_ERROR * exact + 1e-20).all()
+
+
+@numba.njit
+def rough_powers(values, powers):  # type: ignore[no-untyped-def]
+    for i in range(len(values)):
+        powers[i] = search.rough_power_2_4(values[i])
+
+
+NEIGHBOURS = [0.0, *(sign * 2.0**-power for power in range(2, 24) for sign in (1, -1))]
+SETS_OF_SCALES = {
+    "neighbours": [1 + each for each in NEIGHBOURS],
+    "equal": [1.0] * 5,
+    "some equal": [1.0, 1.0, 0.9, 0.9, 0.8, 1.0, 0.9],
+    "one": [1.0],
+    "no numbers": [float("nan"), 1.0, 0.9],
+    "zero": [1.0, 0.0, 0.9],
+    "too small": [1.0, 1e-45, 0.9],
+    "too large": [1.0, float("inf"), 3e38, 0.9],
+    "all too large": [float("inf"), 3e38],
+    "shrinking": [1 - i / 200 for i in range(112)],
+}
+UNITS = {"group": (1, 16), "channel": (1, 384), "block": (128, 128)}
+
+
+@pytest.mark.parametrize("scales_of", SETS_OF_SCALES.values(), ids=SETS_OF_SCALES.keys())
+@pytest.mark.parametrize("codes", [E4m3(), E2m1(), ByteIntegers(8), PackedIntegers(4)], ids=str)
+@pytest.mark.parametrize("unit", UNITS.values(), ids=UNITS.keys())
+def test_the_best_candidate_is_that_of_the_full_grid(unit: tuple[int, int], codes: Codes, scales_of: list[float]) -> None:
+    weights = oracles.weights_to_try((130, 384), torch.float32)
+    weights["codes"] = codes.value(codes.round(torch.randn(130, 384, generator=torch.Generator().manual_seed(2)) * 4))
+    weights["nearly codes"] = weights["codes"] * (1 + 2.0**-20)
+    for with_zero in (False, True) if isinstance(codes, PackedIntegers) else (False,):
+        for name, weight_NK in weights.items():
+            largest_RC = TORCH.extremes(weight_NK, unit, symmetric=True)[0].clamp(1e-30, 1e30)
+            base_RC = torch.ones_like(largest_RC) if "codes" in name else largest_RC / (4 if isinstance(codes, E2m1) else 7)
+            zeros = [torch.full_like(base_RC, float(i % 3)) if with_zero else None for i in range(len(scales_of))]
+            candidates = [Scales(base_RC * scale, base_RC * scale, zero) for scale, zero in zip(scales_of, zeros, strict=True)]
+            assert torch.equal(COMPILED.best(codes, weight_NK, unit, candidates), TORCH.best(codes, weight_NK, unit, candidates)), name
+
+
+def test_most_candidates_are_ruled_out() -> None:
+    """Or the search would be right, and slow."""
+    weight = torch.randn(64, 2048, generator=torch.Generator().manual_seed(3)).numpy()
+    amax_U = np.abs(weight.reshape(-1, 128)).max(1)
+    scale_QU = np.stack([amax_U / 7 * np.float32(1 - i / 100) for i in range(20)])
+    zero_QU, last_U = np.zeros_like(scale_QU), np.empty(len(amax_U), np.int64)
+    total_QU, size_U = search._rough_totals(search.INTEGER, weight, 1, 128, 16, 0, scale_QU, zero_QU, np.float32(-8), np.float32(7))
+    _, count_U = search._rule_out(1, 128, scale_QU, zero_QU, total_QU, size_U, last_U)
+    assert count_U.min() == 1
+    assert count_U.mean() < 2
 
 
 @each_dtype

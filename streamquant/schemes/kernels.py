@@ -48,6 +48,13 @@ class Kernels(Protocol):
         `rounding.power_2_4`, added by `rounding.tree_sum` over b, then over a.
         """
 
+    def best(self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], candidates: Sequence[Scales]) -> Tensor:
+        """Which of the candidates has the least error in each unit, int64 [R, C]; the first of equals.
+
+        The error is the sum of `errors` times `rounding.power_2_4` of the scale in units of the first candidate's, so that nothing
+        underflows. Where the first candidate's is no number, as in a unit with a weight that is not finite, it is the first.
+        """
+
 
 class TorchKernels:
     """The reference, on every device that torch has."""
@@ -76,6 +83,16 @@ class TorchKernels:
             distance_RaCb = codes.value(codes.round(quotient_RaCb.clone())).sub_(quotient_RaCb)
             sums.append(tree_sum(tree_sum(power_2_4(distance_RaCb)).transpose(1, 2)))
         return torch.stack(sums)
+
+    def best(self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], candidates: Sequence[Scales]) -> Tensor:
+        scale_QRC = torch.stack([scales.scale_RC for scales in candidates])
+        error_QRC = self.errors(codes, weight_NK, unit, candidates).mul_(power_2_4(scale_QRC / scale_QRC[0]))
+        index_RC, least_RC = torch.zeros_like(error_QRC[0], dtype=torch.int64), error_QRC[0]
+        for index, error_RC in enumerate(error_QRC[1:], start=1):
+            better_RC = error_RC < least_RC  # false where the error is NaN
+            index_RC = torch.where(better_RC, index, index_RC)
+            least_RC = torch.where(better_RC, error_RC, least_RC)
+        return index_RC
 
 
 TORCH = TorchKernels()

@@ -12,12 +12,11 @@ Legend: R rows of units, C units in a row, a rows and b columns of a unit, B bou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from streamquant.lazy import torch
 from streamquant.schemes.kernels import Kernels
-from streamquant.schemes.rounding import power_2_4, power_of_two_multiple
+from streamquant.schemes.rounding import power_of_two_multiple
 from streamquant.schemes.units import Scales
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ class SearchGrid(NamedTuple):
     expand: float = 1.0
 
 
-CANDIDATES_AT_ONCE = 10
 OBSERVERS: dict[str, SearchGrid | None] = {
     "minmax": None,
     "power_of_two": None,
@@ -53,33 +51,27 @@ def observe_units(scheme: Scheme, weight_NK: Tensor, unit: tuple[int, int], kern
 
 
 def _search(scheme: Scheme, weight_NK: Tensor, unit: tuple[int, int], extremes_BRC: Tensor, grid: SearchGrid, kernels: Kernels) -> Tensor:
-    dtype = weight_NK.dtype
-    widest_BRC = (extremes_BRC * grid.expand).to(dtype).float()
-    unit_scale_RC = scheme.search_scales(extremes_BRC, dtype).scale_RC
-    best_BRC, best_error_RC = extremes_BRC, None
-    for bounds_BQRC in _candidates(extremes_BRC, widest_BRC, grid, dtype):
-        scales = scheme.search_scales(bounds_BQRC.flatten(1, 2), dtype)  # of all at once: a GPU takes longer to start than to do it
-        shape_QRC = bounds_BQRC.shape[1:]
-        sum_QRC = kernels.errors(scheme.codes, weight_NK, unit, _split(scales, shape_QRC[0]))
-        # In units of one scale, so that nothing underflows.
-        error_QRC = sum_QRC * power_2_4(scales.scale_RC.view(shape_QRC) / unit_scale_RC)
-        for bounds_BRC, error_RC in zip(bounds_BQRC.unbind(1), error_QRC, strict=True):
-            if best_error_RC is None:
-                best_error_RC = error_RC
-                continue
-            better_RC = error_RC < best_error_RC  # false where the error is NaN
-            best_BRC = torch.where(better_RC, bounds_BRC, best_BRC)
-            best_error_RC = torch.where(better_RC, error_RC, best_error_RC)
-    return best_BRC
+    """The best bounds for each unit. Some rows of units at a time, for which scales take no more memory than the weight."""
+    _, num_rows, num_columns = extremes_BRC.shape
+    num_candidates = 1 + int(grid.shrink * grid.steps)
+    at_once = max(weight_NK.numel() // 3 // (num_candidates * num_columns), 1)
+    best = []
+    for start in range(0, num_rows, at_once):
+        bounds_BQRC = _candidates(extremes_BRC[:, start : start + at_once], grid, weight_NK.dtype)
+        scales = scheme.search_scales(bounds_BQRC.flatten(1, 2), weight_NK.dtype)
+        rows_NK = weight_NK[start * unit[0] : (start + at_once) * unit[0]]
+        index_RC = kernels.best(scheme.codes, rows_NK, unit, _split(scales, num_candidates))
+        index_BQRC = index_RC.expand(len(bounds_BQRC), 1, *index_RC.shape)
+        best.append(bounds_BQRC.gather(1, index_BQRC)[:, 0])
+    return torch.cat(best, dim=1)
 
 
-def _candidates(extremes_BRC: Tensor, widest_BRC: Tensor, grid: SearchGrid, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The extremes and those of the grid, some at a time: [B, Q, R, C]. They are numbers of the weight's dtype, as the peer's are."""
+def _candidates(extremes_BRC: Tensor, grid: SearchGrid, dtype: torch.dtype) -> Tensor:
+    """The extremes and those of the grid: [B, Q, R, C]. They are numbers of the weight's dtype, as the peer's are."""
     factors = [1 - i / grid.steps for i in range(int(grid.shrink * grid.steps))]
-    factor_Q11 = torch.tensor(factors, device=widest_BRC.device)[:, None, None]
-    for start in range(0, len(factors), CANDIDATES_AT_ONCE):
-        bounds_BQRC = (widest_BRC[:, None] * factor_Q11[start : start + CANDIDATES_AT_ONCE]).to(dtype).float()
-        yield bounds_BQRC if start else torch.cat([extremes_BRC[:, None], bounds_BQRC], dim=1)
+    factor_Q11 = torch.tensor(factors, device=extremes_BRC.device)[:, None, None]
+    widest_BRC = (extremes_BRC * grid.expand).to(dtype).float()
+    return torch.cat([extremes_BRC[:, None], (widest_BRC[:, None] * factor_Q11).to(dtype).float()], dim=1)
 
 
 def _split(scales: Scales, count: int) -> list[Scales]:
