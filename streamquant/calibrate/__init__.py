@@ -1,0 +1,1 @@
+"""Calibration: what schemes that look at activations need of data."""
