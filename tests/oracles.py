@@ -324,3 +324,47 @@ def weights_to_try(shape: tuple[int, int], dtype: torch.dtype, *, seed: int = 0)
         "largest": torch.where(uniform() > 0.5, limits.max, limits.min),
     }
     return {name: weight.to(dtype) for name, weight in weights.items()}
+
+
+# --- codes chosen for inputs ----------------------------------------------------------------------------------------------------
+
+
+def hessian_error(error_NK: Array, hessian_KK: Array) -> float:
+    """What inputs with this Hessian, X^T X, make of errors of a weight: the sum of the squares of X d for each row d."""
+    return float(np.einsum("nk,kl,nl->", error_NK, hessian_KK, error_NK, optimize=True))
+
+
+def gptq(
+    weight: Tensor,
+    hessian_KK: Array,
+    format: str,
+    args: Mapping[str, Any],
+    *,
+    damping: float = 0.01,
+    activation_order: bool = True,
+    **settings: Any,
+) -> tuple[Array, Array]:
+    """Values of codes by GPTQ, and the weight that they stand for; scales follow from the extremes, `settings` as for `scales`.
+
+    Optimal Brain Surgeon (arXiv 2210.17323, section 3 equation 2): a column is rounded, and the others are moved by what the inverse of
+    the Hessian of those that are still to be rounded says. A column that no input reaches is taken as 0.
+    """
+    weight_NK, hessian_KK = weight.double().numpy().copy(), hessian_KK.copy()
+    low_RC, high_RC = (reduce_units(ufunc, weight_NK, args) for ufunc in (np.minimum, np.maximum))
+    of = scales(low_RC, high_RC, weight.dtype, format, args, **settings)
+    scale_NK = spread_units(of.scale_RC, weight_NK.shape, args)
+    zero_NK = np.zeros_like(weight_NK) if of.zero_RC is None else spread_units(of.zero_RC, weight_NK.shape, args)
+    dead_K = hessian_KK.diagonal() == 0
+    mean = hessian_KK.diagonal()[~dead_K].mean()
+    order = np.argsort(-hessian_KK.diagonal(), kind="stable") if activation_order else np.arange(len(dead_K))
+    hessian_KK += np.diag(np.where(dead_K, mean, 0.0) + damping * mean)
+    weight_NK[:, dead_K] = 0.0
+    code_NK, value_NK = np.zeros_like(weight_NK), np.zeros_like(weight_NK)
+    for step, column in enumerate(order):
+        code_NK[:, column] = code_values(weight_NK[:, column] / scale_NK[:, column] + zero_NK[:, column], args)
+        value_NK[:, column] = (code_NK[:, column] - zero_NK[:, column]) * scale_NK[:, column]
+        left = order[step:]
+        inverse = np.linalg.inv(hessian_KK[np.ix_(left, left)])
+        moved = (value_NK[:, column] - weight_NK[:, column])[:, None] * inverse[0] / inverse[0, 0]
+        weight_NK[:, left] += moved
+    return code_NK, value_NK
