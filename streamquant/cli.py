@@ -15,6 +15,7 @@ import click
 
 import streamquant
 from streamquant import report
+from streamquant.calibrate.method import METHODS
 from streamquant.checkpoint.url import without_secrets
 from streamquant.convert import plan_memory, resolve_devices
 from streamquant.engines import check, find_engine
@@ -26,6 +27,10 @@ from streamquant.schemes import FORMATS
 from streamquant.schemes.observers import OBSERVERS
 
 GC_THRESHOLD = 1_000_000
+NOT_PLANNED = (
+    "method", "calibration_data", "samples", "sequence_length", "packed", "seed", "max_fallback", "allow_nonfinite", "cache", "restart",
+    "trace",
+)  # fmt: skip
 EXIT_BUG = 1  # as Python exits after a traceback
 EXIT_IO = 4
 EXIT_TERMINATED = 75  # EX_TEMPFAIL of sysexits.h: try again
@@ -74,6 +79,30 @@ def _recipe_options(command: Command) -> Command:
     return command
 
 
+def _calibration_options(command: Command) -> Command:
+    """The options of methods that take data."""
+    options = [
+        click.option(
+            "--method",
+            type=click.Choice(list(METHODS)),
+            default=_default("method"),
+            show_default=True,
+            help="rtn rounds, without data; the others calibrate.",
+        ),
+        click.option(
+            "--calibration-data", metavar="DATA", help="Text, JSONL, folder, or data set on the Hub; a text comes with the package."
+        ),
+        click.option("--samples", type=int, metavar="N", help="Sequences to calibrate with; 512 if not given."),
+        click.option("--sequence-length", type=int, metavar="N", help="Tokens of a sequence; 2048 if not given."),
+        click.option("--packed/--per-sample", default=None, help="Cut joined texts into sequences, or take each text as one."),
+        click.option("--seed", type=int, metavar="N", help="Of the choice of samples; 0 if not given."),
+        click.option("--max-fallback", type=float, metavar="PART", help="Of the weights, left to plain rounding; 0.05 if not given."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def _machine_options(command: Command) -> Command:
     """The options that decide how a conversion is done, and change no byte of it."""
     options = [
@@ -104,6 +133,7 @@ def cli() -> None:
 @click.argument("source")
 @click.argument("out")
 @_recipe_options
+@_calibration_options
 @_machine_options
 @click.option("--allow-nonfinite", is_flag=True, help="Store NaN and infinite weights as zeros instead of stopping.")
 @click.option("--cache", is_flag=True, help="Download a SOURCE on the Hub into its cache instead of streaming it.")
@@ -121,7 +151,7 @@ def convert(source: str, out: str, *, dry_run: bool, report_file: str | None, lo
     with _logged(log_json, source=source, out=out, dry_run=dry_run, settings=options) as log:
         if dry_run:
             machine = {name: options.pop(name) for name in ("device", "max_memory", "max_gpu_memory", "threads", "kernels")}
-            for name in ("allow_nonfinite", "cache", "restart", "trace"):
+            for name in NOT_PLANNED:
                 del options[name]
             _print_plan(source, as_json=False, machine=machine, options=options)
             log.write("done", dry_run=True)

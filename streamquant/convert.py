@@ -7,10 +7,13 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from streamquant.calibrate.method import make_calibration_wish
 from streamquant.checkpoint.checkpoint import read_checkpoint, require_unchanged
 from streamquant.checkpoint.journal import WORK_FOLDER, Journal
 from streamquant.checkpoint.layout import MISTRAL_CONFIG_NAME
@@ -18,20 +21,23 @@ from streamquant.checkpoint.local import LocalSource
 from streamquant.checkpoint.open_source import open_source
 from streamquant.checkpoint.source import Source
 from streamquant.errors import RequestError, VerificationError
-from streamquant.inputs import find_weights
+from streamquant.inputs import Inventory, find_weights
 from streamquant.kernels import find_kernels
 from streamquant.lazy import torch
 from streamquant.memory import LANES_PER_GPU, Gpus, Memory, available_cpus, budget_gpu_memory, budget_memory, container_for
 from streamquant.output import files_of, finish, is_done, is_finished, job_of, require_space
-from streamquant.plan import Copy, Encode, Plan, make_plan
+from streamquant.plan import Copy, Encode, Plan, Shard, make_plan
 from streamquant.recipe import Recipe, make_recipe
 from streamquant.schemes.kernels import TORCH, Kernels
 from streamquant.schemes.plain import Plain
 from streamquant.sizes import format_bytes, parse_size
-from streamquant.stream import OnProgress, spool_bytes, stream_shards
+from streamquant.stream import OnProgress, Progress, spool_bytes, stream_shards
 from streamquant.trace import Trace
 from streamquant.verify import verify
 from streamquant.version import __version__
+
+if TYPE_CHECKING:
+    from streamquant.calibrate.run import CalibrationReport
 
 DEFAULT_MAX_SHARD_SIZE: Final = "5GB"
 DEFAULT_MEMORY: Final = {"cpu": "256MiB", "cuda": "2GiB"}
@@ -51,6 +57,7 @@ class Conversion:
     resumed_shards: int  # finished by an earlier run of the same job
     nonfinite: tuple[str, ...]  # weights with NaN or infinities, stored as zeros
     seconds: float
+    calibration: CalibrationReport | None = None  # of a method that takes data, unless an earlier run had finished
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""
@@ -80,6 +87,7 @@ class Conversion:
             "dropped": dict(self.plan.dropped),
             "left_out": dict(self.plan.checkpoint.left_out),
             "nonfinite": list(self.nonfinite),
+            "calibration": None if self.calibration is None else self.calibration.to_json(),
         }
 
 
@@ -117,16 +125,16 @@ def plan(
         scale_dtype=scale_dtype,
     )
     with open_source(source, revision=revision) as opened:
-        return _plan(opened, wish, format=format, expert_layout=expert_layout, max_shard_size=max_shard_size)
+        return _plan(opened, wish, format=format, expert_layout=expert_layout, max_shard_size=max_shard_size)[0]
 
 
-def _plan(source: Source, wish: Recipe, *, format: str, expert_layout: str | None, max_shard_size: str | int) -> Plan:
+def _plan(source: Source, wish: Recipe, *, format: str, expert_layout: str | None, max_shard_size: str | int) -> tuple[Plan, Inventory]:
     max_shard_bytes = parse_size(max_shard_size)
     checkpoint = read_checkpoint(source)
     if format != "compressed-tensors" and checkpoint.layout.config_name == MISTRAL_CONFIG_NAME:
         raise RequestError(f"{MISTRAL_CONFIG_NAME} describes compressed-tensors only; leave out --format {format}")
     inventory = find_weights(checkpoint, source, expert_layout=expert_layout)
-    return make_plan(checkpoint, inventory, wish, max_shard_bytes=max_shard_bytes)
+    return make_plan(checkpoint, inventory, wish, max_shard_bytes=max_shard_bytes), inventory
 
 
 def convert(
@@ -146,6 +154,13 @@ def convert(
     format: str = "compressed-tensors",
     expert_layout: str | None = None,
     max_shard_size: str | int = DEFAULT_MAX_SHARD_SIZE,
+    method: str = "rtn",
+    calibration_data: str | os.PathLike[str] | None = None,
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    packed: bool | None = None,
+    seed: int | None = None,
+    max_fallback: float | None = None,
     device: str = "auto",
     max_memory: str | int | None = None,
     max_gpu_memory: str | int | None = None,
@@ -170,6 +185,12 @@ def convert(
     expert_layout: "rows", "columns" or "interleaved": how experts are stacked in 3-D tensors (inputs/experts.py), if the model
     type does not tell.
     max_shard_size: bytes, or a size such as "5GB", of a file of the output.
+    method: "rtn" rounds; "gptq", "awq", "smoothquant", "awq+gptq" and "smoothquant+gptq" calibrate, one decoder layer at a time
+        (extra `calibrate`).
+    calibration_data: text, JSONL or JSON file, folder of such files, or data set on the Hub; None: a text that comes with the package.
+    samples, sequence_length: how many sequences, of at most how many tokens; 512 of 2048. packed: texts are joined and cut into sequences
+        of one length, else each is one. seed: of the choice of samples.
+    max_fallback: the part of all weights that may be left to plain rounding, 0.05, before calibration counts as failed.
     device: "auto" takes a GPU if there is one, else the CPU; also "cpu", "cuda", "cuda:1", or several GPUs: "cuda:0,cuda:1". The output
         is the same.
     max_memory: working memory on top of the interpreter; None: 256MiB, with a GPU 2GiB, of which what is copied is page-locked.
@@ -203,13 +224,31 @@ def convert(
         strategy=strategy,
         scale_dtype=scale_dtype,
     )
-    with open_source(source, revision=revision, cache=cache) as opened:
-        the_plan = _plan(opened, wish, format=format, expert_layout=expert_layout, max_shard_size=max_shard_size)
+    calibration_wish = make_calibration_wish(
+        method,
+        data=None if calibration_data is None else os.fspath(calibration_data),
+        samples=samples,
+        sequence_length=sequence_length,
+        packed=packed,
+        seed=seed,
+        max_fallback=max_fallback,
+    )
+    calibrated: CalibrationReport | None = None
+    with ExitStack() as stack:
+        opened = stack.enter_context(open_source(source, revision=revision, cache=cache))
+        the_plan, inventory = _plan(opened, wish, format=format, expert_layout=expert_layout, max_shard_size=max_shard_size)
         memory = plan_memory(
             the_plan, kernels=found_kernels, devices=devices, max_memory=max_memory, max_gpu_memory=max_gpu_memory, threads=threads
         )
         _tell_plan(the_plan, memory, found_kernels)
-        job = job_of(the_plan, allow_nonfinite=allow_nonfinite)
+        data_of_job = None
+        if calibration_wish is not None:
+            from streamquant.calibrate.run import calibrate, load_data, model_folder  # with transformers, which only this mode needs
+
+            folder = stack.enter_context(model_folder(the_plan, opened))
+            calibration = load_data(calibration_wish, folder)
+            data_of_job = calibration_wish.to_json() | {"tokens": calibration.digest}
+        job = job_of(the_plan, allow_nonfinite=allow_nonfinite, calibration=data_of_job)
         if isinstance(opened, LocalSource):
             _refuse_overlap(opened.folder, out)
         nonfinite: list[str] = []
@@ -229,6 +268,25 @@ def convert(
                     )
                 opened.prepare(list(the_plan.checkpoint.identity))
                 require_space(todo, out=out, work=work, temporary_bytes=spool_bytes(todo, memory))
+                done_bytes = 0
+                if calibration_wish is not None:
+                    total_bytes = _bytes_to_do(todo, journal)
+                    calibrated = calibrate(
+                        the_plan,
+                        inventory,
+                        opened,
+                        calibration_wish,
+                        calibration,
+                        folder=folder,
+                        work=work,
+                        journal=journal,
+                        max_hidden_bytes=parse_size(DEFAULT_MEMORY[devices[0].type] if max_memory is None else max_memory),
+                        device=devices[0],
+                        kernels=found_kernels,
+                        allow_nonfinite=allow_nonfinite,
+                        on_progress=on_progress and (lambda name: on_progress(_progress(todo, journal, total_bytes, name))),
+                    )
+                    done_bytes = total_bytes - _bytes_to_do(todo, journal)
                 with Trace(trace) as timeline:
                     stream_shards(
                         todo,
@@ -240,11 +298,12 @@ def convert(
                         devices=devices,
                         kernels=found_kernels,
                         allow_nonfinite=allow_nonfinite,
-                        on_progress=on_progress,
+                        on_progress=on_progress and partial(_shifted, on_progress, done_bytes),
                         trace=timeline,
                     )
                 require_unchanged(the_plan.checkpoint, opened)
-                finish(the_plan, opened, out=out, work=work, job=job, journal=journal)
+                rescaled = [] if calibrated is None else calibrated.rescaled
+                finish(the_plan, opened, out=out, work=work, job=job, journal=journal, rescaled=rescaled)
                 nonfinite = sorted(journal.nonfinite)
                 shutil.rmtree(work)
         elif work.is_dir():  # killed while it was being removed
@@ -263,7 +322,22 @@ def convert(
         resumed_shards=resumed,
         nonfinite=tuple(nonfinite),
         seconds=time.monotonic() - started,
+        calibration=calibrated,
     )
+
+
+def _bytes_to_do(shards: Sequence[Shard], journal: Journal) -> int:
+    """Bytes of the source that steps which are not finished read."""
+    return sum(step.source_bytes for shard in shards for index, step in enumerate(shard.steps) if index not in journal.steps[shard.file])
+
+
+def _progress(todo: Sequence[Shard], journal: Journal, total_bytes: int, name: str) -> Progress:
+    return Progress(total_bytes - _bytes_to_do(todo, journal), total_bytes, name)
+
+
+def _shifted(on_progress: OnProgress, done_bytes: int, progress: Progress) -> None:
+    """Tell of progress that comes after what was done before."""
+    on_progress(Progress(progress.done_bytes + done_bytes, progress.total_bytes + done_bytes, progress.tensor))
 
 
 def _tell_plan(the_plan: Plan, memory: Memory, kernels: Kernels) -> None:

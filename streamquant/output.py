@@ -21,18 +21,22 @@ CHUNK_BYTES = 8 << 20
 BLOCK_BYTES = 512  # in which the file system counts what a file takes
 
 
-def job_of(plan: Plan, *, allow_nonfinite: bool) -> dict[str, Any]:
-    """What the bytes of the output depend on: source, recipe, program version. Equal jobs give equal outputs."""
+def job_of(plan: Plan, *, allow_nonfinite: bool, calibration: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What the bytes of the output depend on: source, recipe, program version, data. Equal jobs give equal outputs."""
     checkpoint = plan.checkpoint
     revision = {} if checkpoint.revision is None else {REVISION_KEY: checkpoint.revision}
-    return revision | {
-        "streamquant version": __version__,
-        "recipe": {rule.pattern: "keep" if rule.scheme is None else rule.scheme.title for rule in plan.recipe.rules},
-        "include": list(plan.recipe.include),
-        "allow nonfinite": allow_nonfinite,
-        "source files": dict(checkpoint.identity),
-        "plan": plan.digest,
-    }
+    return (
+        revision
+        | {
+            "streamquant version": __version__,
+            "recipe": {rule.pattern: "keep" if rule.scheme is None else rule.scheme.title for rule in plan.recipe.rules},
+            "include": list(plan.recipe.include),
+            "allow nonfinite": allow_nonfinite,
+            "source files": dict(checkpoint.identity),
+            "plan": plan.digest,
+        }
+        | ({} if calibration is None else {"calibration": dict(calibration)})
+    )
 
 
 def files_of(plan: Plan) -> list[str]:
@@ -69,8 +73,13 @@ def require_space(todo: Sequence[Shard], *, out: Path, work: Path, temporary_byt
         raise StorageError(f"{out} needs {needed} bytes more and its file system has {free} free")
 
 
-def finish(plan: Plan, source: Source, *, out: Path, work: Path, job: Mapping[str, Any], journal: Journal) -> None:
-    """Everything but the shards; the index and the config, which make the folder loadable, come last."""
+def finish(
+    plan: Plan, source: Source, *, out: Path, work: Path, job: Mapping[str, Any], journal: Journal, rescaled: Sequence[str] = ()
+) -> None:
+    """Everything but the shards; the index and the config, which make the folder loadable, come last.
+
+    `rescaled`: tensors between which a scale was moved, so that they cannot be compared with the source.
+    """
     layout, sizes = plan.checkpoint.layout, source.sizes()
     written = {shard.file: (shard.num_bytes, journal.shards[shard.file]) for shard in plan.shards}
     for file in plan.checkpoint.side_files:
@@ -80,7 +89,8 @@ def finish(plan: Plan, source: Source, *, out: Path, work: Path, job: Mapping[st
         named = {layout.index_name: _json(_index(plan))} | named
     for file, content in named.items():
         written[file] = len(content), zlib.crc32(content)
-    record = {"job": job, "files": {file: {"bytes": size, "crc32": f"{crc32:08x}"} for file, (size, crc32) in written.items()}}
+    files = {file: {"bytes": size, "crc32": f"{crc32:08x}"} for file, (size, crc32) in written.items()}
+    record = {"job": job, "files": files} | ({"rescaled": list(rescaled)} if rescaled else {})
     for file, content in ({RECORD_NAME: _json(record)} | named).items():
         write_file(out / file, content, work=work)
     sync_folder(out)

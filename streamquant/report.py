@@ -1,8 +1,11 @@
 """What people read: tables of plans, checkpoints and verifications, as lines of text."""
 
+from __future__ import annotations
+
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from streamquant.convert import Conversion
 from streamquant.engines import Engine, Finding, loads_in
@@ -14,6 +17,10 @@ from streamquant.schemes import NEED_ACTIVATION_SCALES, PLAIN, SCHEMES, Scheme
 from streamquant.schemes.plain import Plain
 from streamquant.sizes import format_bytes
 from streamquant.verify import Verification
+
+if TYPE_CHECKING:
+    from streamquant.calibrate.layers import Record
+    from streamquant.calibrate.run import CalibrationReport
 
 MAX_ROWS = 60
 MANY_COLUMNS = 4096
@@ -119,6 +126,8 @@ def _dropped(plan: Plan) -> dict[str, list[str]]:
 def conversion_lines(conversion: Conversion) -> list[str]:
     """What a conversion did."""
     lines = summary_lines(conversion.plan)
+    if conversion.calibration is not None:
+        lines += _calibration_lines(conversion.calibration)
     if conversion.resumed_shards:
         lines.append(f"resumed     {conversion.resumed_shards} of {len(conversion.plan.shards)} files were finished by an earlier run")
     for name in conversion.nonfinite:
@@ -126,6 +135,32 @@ def conversion_lines(conversion: Conversion) -> list[str]:
     speed = conversion.plan.source_bytes / max(conversion.seconds, 1e-9)
     lines.append(f"done        {conversion.out} in {conversion.seconds:.1f} s ({format_bytes(speed)}/s, {conversion.device}), verified")
     return lines
+
+
+def _calibration_lines(calibration: CalibrationReport) -> list[str]:
+    weights = [record for record in calibration.records if not record.is_pair]
+    pairs = [record for record in calibration.records if record.is_pair]
+    before, after = (sum(errors) / max(len(errors), 1) for errors in ([r.error_before for r in weights], [r.error_after for r in weights]))
+    lines = [
+        f"calibrated  {len(weights)} weights by {calibration.method} with {calibration.tokens} tokens of {calibration.data}",
+        f"error       of their outputs, relative, on the mean {before:.3g} if rounded, {after:.3g} as written",
+    ]
+    if pairs:
+        helped = [record for record in pairs if not record.fallback]
+        before, after = sum(record.error_before for record in helped), sum(record.error_after for record in helped)
+        gain = f", which makes the error of what reads them {after / before:.2f} times as large" if before else ""
+        lines.append(f"scales      moved in {len(helped)} of {len(pairs)} pairs{gain}")
+        lines += [f"not moved   {len(names)} x {reason}: {_examples(names)}" for reason, names in _by_reason(pairs).items()]
+    lines += [f"fallback    {len(names)} x {reason}: {_examples(names)}" for reason, names in _by_reason(weights).items()]
+    return lines
+
+
+def _by_reason(records: Iterable[Record]) -> dict[str, list[str]]:
+    names: defaultdict[str, list[str]] = defaultdict(list)
+    for record in records:
+        if record.fallback:
+            names[record.fallback].append(record.name)
+    return names
 
 
 def inspection_lines(inspection: Inspection) -> list[str]:
@@ -163,6 +198,8 @@ def verification_lines(report: Verification) -> list[str]:
             ((n, str(len(e)), s, f"{sum(e) / len(e):.5f}", f"{max(e):.5f}") for (n, s), e in rows.items()),
         )
         lines += ["", f"copied      {report.num_copied} tensors, the same bytes as in the source"]
+    if report.num_rescaled:
+        lines.append(f"rescaled    {report.num_rescaled} tensors between which calibration has moved scales: not compared")
     lines.append(
         f"checked     {report.num_tensors} tensors, {report.num_quantized} quantized weights, checksums of {report.num_checksums} files"
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,6 +67,7 @@ class Verification:
     num_quantized: int = 0
     num_copied: int = 0
     num_checksums: int = 0
+    num_rescaled: int = 0  # not compared, since a scale was moved between them
     errors: list[TensorError] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def verify(
             ours = _Side(source, _apart(inventory, together) | others)
             theirs = _Side(Windows(original) if original.num_connections else original, _apart(originals, together))
             report = replace(report, problems=[*problems, *originals.problems])
-            return _compare(report, ours, theirs, scheme_of, on_progress)
+            return _compare(report, ours, theirs, scheme_of, _rescaled(source), on_progress)
 
 
 # --- the container ---------------------------------------------------------------------------------------------------
@@ -158,6 +159,13 @@ def _checksums(source: LocalSource) -> dict[str, str]:
     """The CRC-32 that each file of an output should have, as 8 hexadecimal digits; of another checkpoint nothing."""
     record = source.folder / RECORD_NAME
     return {file: written["crc32"] for file, written in read_record(record)["files"].items()} if record.is_file() else {}
+
+
+def _rescaled(source: LocalSource) -> set[str]:
+    """The tensors of an output between which a calibration has moved scales."""
+    record = source.folder / RECORD_NAME
+    names = read_record(record).get("rescaled") if record.is_file() else None
+    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
 
 
 def _checksum_problems(source: LocalSource, checksum_of: Mapping[str, str]) -> Iterator[str]:
@@ -273,16 +281,19 @@ def _compare(
     ours: _Side,
     theirs: _Side,
     scheme_of: Callable[[str], Scheme | None],
+    rescaled: Set[str],
     on_progress: Callable[[str], None] | None,
 ) -> Verification:
     """The report, with what is different from the source and the error of each quantized weight."""
-    problems, errors, num_copied = list(report.problems), [], 0
+    problems, errors, num_copied, num_rescaled = list(report.problems), [], 0, 0
     for name, original in theirs.weights.items():
         if on_progress is not None:
             on_progress(name)
         written = ours.weights.get(name)
         if written is None:
             problems.append(f"{name} of the source is missing")
+        elif name in rescaled and written.shape == original.shape:
+            num_rescaled += 1
         elif written.is_plain and original.is_plain and written.dtype == original.dtype:
             num_copied += 1
             if not _same_bytes(written.tensors["weight"], ours.source, original.tensors["weight"], theirs.source):
@@ -297,7 +308,7 @@ def _compare(
             if not error.relative_error < WORSE_THAN_ZEROS:
                 problems.append(f"{name} dequantizes with a relative error of {error.relative_error:.3g}: zeros would be closer")
     problems += [f"{name} stems from no tensor of the source" for name in ours.weights if name not in theirs.weights]
-    return replace(report, problems=problems, num_copied=num_copied, errors=errors)
+    return replace(report, problems=problems, num_copied=num_copied, num_rescaled=num_rescaled, errors=errors)
 
 
 def _plain_stacks(inventory: Inventory) -> set[str]:

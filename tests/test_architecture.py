@@ -15,9 +15,9 @@ from streamquant.cli import cli
 
 ROOT = Path(streamquant.__file__).parent
 ORDER = (
-    "__main__", "cli", "progress", "report", "__init__", "convert", "verify", "inspect", "output", "stream", "read_ahead", "lane",
-    "memory", "container", "kernels", "trace", "engines", "plan", "decide", "inputs", "quantization_config", "recipe", "names", "stored",
-    "schemes", "checkpoint", "sizes", "version", "errors", "lazy",
+    "__main__", "cli", "progress", "report", "__init__", "convert", "verify", "inspect", "output", "calibrate", "stream", "read_ahead",
+    "lane", "memory", "container", "kernels", "trace", "engines", "plan", "decide", "inputs", "quantization_config", "recipe", "names",
+    "stored", "schemes", "checkpoint", "sizes", "version", "errors", "lazy",
 )  # fmt: skip
 NOT_ARGUMENTS = {"dry_run", "report_file", "log_json", "quiet", "help"}
 

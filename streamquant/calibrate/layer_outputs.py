@@ -1,0 +1,103 @@
+"""Steps of a plan that the calibrated mode finishes itself, layer by layer, before the engine streams the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from streamquant.checkpoint.header import TensorSpec
+from streamquant.checkpoint.journal import Journal
+from streamquant.checkpoint.writer import ShardWriter, StepWriter
+from streamquant.lazy import torch
+from streamquant.plan import Copy, Encode, Member, Plan, Shard, Step
+from streamquant.stored import TORCH_DTYPES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Address:
+    """Where in a plan a step is; there is one for each."""
+
+    shard: Shard
+    number: int  # of the step in it
+
+    @property
+    def step(self) -> Step:
+        """The step."""
+        return self.shard.steps[self.number]
+
+
+class LayerOutputs:
+    """The shards that layers are written into, under their temporary names, and read from again when a run goes on.
+
+    To the engine what is written here looks like what an earlier run has finished.
+    """
+
+    def __init__(self, plan: Plan, *, work: Path, journal: Journal):
+        self._work, self._journal = work, journal
+        self._writers: dict[str, ShardWriter] = {}
+        self._pending: dict[str, dict[int, StepWriter]] = {}
+        self.address_of: dict[str, Address] = {}  # by the name of a weight or tensor of the source
+        for shard in plan.shards:
+            for index, step in enumerate(shard.steps):
+                names = [step.source.name] if isinstance(step, Copy) else [member.weight.name for member in step.members]
+                self.address_of.update(dict.fromkeys(names, Address(shard, index)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+    def is_finished(self, address: Address) -> bool:
+        """Whether this run, or an earlier one, has the step on the disk."""
+        return address.shard.file in self._journal.shards or address.number in self._writer(address.shard).finished
+
+    def write(self, address: Address, tensors: Sequence[tuple[TensorSpec, Tensor]]) -> None:
+        """Write all outputs of a step."""
+        output = self._output(address)
+        for spec, tensor in tensors:
+            content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            assert len(content) == spec.num_bytes, f"{spec.name}: {len(content)} bytes for {spec.num_bytes}"
+            output.write(spec.start, content.numpy().data)
+
+    def commit(self, nonfinite: set[str]) -> None:
+        """Flush what was written, and note that it is finished."""
+        for file, outputs in self._pending.items():
+            writer = self._writers[file]
+            writer.flush()
+            steps = {index: output.checksum for index, output in outputs.items()}
+            writer.finished.update(steps)
+            self._journal.record_steps(file, steps, nonfinite)
+        self._pending.clear()
+
+    def read(self, address: Address, spec: TensorSpec) -> Tensor:
+        """An output of a finished step."""
+        writer = self._writer(address.shard)
+        content = bytearray(spec.num_bytes)
+        with writer.path.open("rb") as file:
+            file.seek(spec.start)
+            file.readinto(content)
+        return torch.frombuffer(content, dtype=TORCH_DTYPES[spec.dtype]).view(spec.shape)
+
+    def read_member(self, address: Address, member: Member) -> Tensor:
+        """The values of a weight that is stored: float32 [N, K]."""
+        assert isinstance(address.step, Encode)
+        stored = {spec.name.removeprefix(f"{member.module}."): self.read(address, spec) for spec in member.stored}
+        return address.step.scheme.decode(stored, member.weight.shape[1])
+
+    def _output(self, address: Address) -> StepWriter:
+        self._writer(address.shard)
+        return self._pending.setdefault(address.shard.file, {}).setdefault(address.number, StepWriter(self._writers[address.shard.file]))
+
+    def _writer(self, shard: Shard) -> ShardWriter:
+        if shard.file not in self._writers:
+            part = self._work / f"{shard.file}.part"
+            finished = self._journal.steps[shard.file]
+            self._writers[shard.file] = ShardWriter(part, header=shard.header, num_bytes=shard.num_bytes, finished=finished)
+        return self._writers[shard.file]

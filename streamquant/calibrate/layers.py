@@ -1,0 +1,551 @@
+"""Calibrated quantization, one decoder layer at a time: memory for a layer, the Hessians of its inputs, and the hidden states.
+
+For each layer: load its weights, run what the layers before give through it and collect statistics of the inputs of its linears, move
+scales (AWQ, SmoothQuant), solve (GPTQ, or round), write, and run it again with the quantized weights, which gives what the next layer
+sees. A run that was killed goes on at the layer where it was: finished layers are read back from the output and run once.
+Legend: B sequences, T tokens, H hidden size, N out_features, K in_features.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+
+from streamquant.calibrate.awq import Reader, Scaling, search_scale, smooth_scale
+from streamquant.calibrate.data import Calibration
+from streamquant.calibrate.gptq import Solution, gptq, hessian_error, measured_rows, round_to_nearest
+from streamquant.calibrate.hidden import HiddenStates
+from streamquant.calibrate.layer_outputs import Address, LayerOutputs
+from streamquant.calibrate.method import Method
+from streamquant.calibrate.pairs import Pair, linear_pairs, move_scale
+from streamquant.calibrate.skeleton import Call, Site, Skeleton
+from streamquant.calibrate.statistics import Collector, Statistics
+from streamquant.calibrate.tap import Linear, Tap
+from streamquant.checkpoint.header import TensorSpec
+from streamquant.checkpoint.source import Source
+from streamquant.errors import CheckpointError, RequestError
+from streamquant.inputs import Weight, read_tensor
+from streamquant.lazy import torch
+from streamquant.plan import Copy, Encode, Member, Plan, Step
+from streamquant.schemes import Scheme
+from streamquant.schemes.kernels import Kernels
+from streamquant.schemes.plain import Plain
+from streamquant.schemes.units import Scales, dequantize
+from streamquant.stored import TORCH_DTYPES
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+BATCH_TOKENS = 4096  # of sequences that are run together
+STACK_ELEMENTS = 1 << 26  # of weights with one input that are solved together
+HOLDS = 1e-2  # of what a layer adds: how much it may differ if a scale is moved, by rounding
+SMOOTHING = 0.5  # of SmoothQuant
+SCALINGS = ("awq", "smoothquant")
+TINY = 1e-30
+LOGGER = logging.getLogger("streamquant")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What became of a weight, or of a pair."""
+
+    layer: int
+    name: str
+    scheme: str = ""
+    tokens: int = 0  # that its input was seen with
+    routed_tokens: int | None = None  # of an expert: those that the router sends to it
+    error_before: float = 0.0  # of the outputs over all tokens, rounded to nearest, relative to their sum of squares
+    error_after: float = 0.0
+    damping: float = 0.0
+    fallback: str = ""  # why it was left to plain rounding, or as it was
+    rescaled: tuple[str, ...] = ()  # the tensors of a pair between which a scale was moved
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether it is about a scale that was moved, or not."""
+        return self.scheme in SCALINGS
+
+
+class _Job(NamedTuple):
+    """A weight to solve."""
+
+    address: Address
+    member: Member
+    weight_NK: Tensor
+    statistics: Statistics | None
+    shared: Tensor | None
+
+
+class _Solved(NamedTuple):
+    code_NK: Tensor
+    scales: Scales
+
+
+@dataclass(slots=True)
+class _Layer:
+    """A layer in work."""
+
+    index: int
+    module: nn.Module
+    sites: Mapping[str, Site]  # by names in the checkpoint
+    weights: dict[str, Tensor] = field(default_factory=dict)  # matrices, float32
+    vectors: dict[str, Tensor] = field(default_factory=dict)  # everything else, as stored
+
+    def read(self, name: str) -> Tensor:
+        """Any tensor of it."""
+        return self.weights[name] if name in self.weights else self.vectors[name]
+
+    def linear(self, name: str) -> Linear:
+        """The product that a matrix is a part of."""
+        return Linear(self.sites[name].parameter, self.sites[name].expert)
+
+
+def calibrate_layers(
+    plan: Plan,
+    weights: Mapping[str, Weight],
+    source: Source,
+    *,
+    skeleton: Skeleton,
+    calibration: Calibration,
+    method: Method,
+    max_fallback: float,
+    outputs: LayerOutputs,
+    work: Path,
+    max_hidden_bytes: int,
+    device: torch.device,
+    kernels: Kernels,
+    nonfinite: set[str] | None,
+    on_progress: Callable[[str], None] | None,
+) -> list[Record]:
+    """Finish the steps of all weights in decoder layers, and of the norms whose scales move.
+
+    `weights`: the matrices of the checkpoint by name. `nonfinite`: takes the names of weights with NaN and infinities, which count as
+    zeros; None if they are an error. Raises RequestError if more than `max_fallback` of the weights are left to plain rounding.
+    """
+    run = _Run(plan, weights, source, skeleton, calibration, method, max_fallback, outputs, work, device, kernels, nonfinite, on_progress)
+    return run.all_layers(max_hidden_bytes)
+
+
+class _Run:
+    """What layers share."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        weights: Mapping[str, Weight],
+        source: Source,
+        skeleton: Skeleton,
+        calibration: Calibration,
+        method: Method,
+        max_fallback: float,
+        outputs: LayerOutputs,
+        work: Path,
+        device: torch.device,
+        kernels: Kernels,
+        nonfinite: set[str] | None,
+        on_progress: Callable[[str], None] | None,
+    ):
+        self._plan, self._weights, self._source, self._skeleton = plan, weights, source, skeleton
+        self._calibration, self._method, self._max_fallback = calibration, method, max_fallback
+        self._outputs, self._work, self._device, self._kernels, self._nonfinite = outputs, work, device, kernels, nonfinite
+        self._on_progress = on_progress
+        self._records_file = work / "calibration.jsonl"
+
+    def all_layers(self, max_hidden_bytes: int) -> list[Record]:
+        records = self._earlier_records()
+        layers = [list(self._skeleton.sites(index)) for index in range(self._skeleton.num_layers)]
+        finished = [all(self._outputs.is_finished(address) for address in self._steps_of(names)) for names in layers]
+        if all(finished):
+            return records
+        num_weights = sum(len(_encode(address).members) for names in layers for address in self._steps_of(names))
+        states, calls = self._first_states(max_hidden_bytes)
+        for index, names in enumerate(layers):
+            started = time.monotonic()
+            if finished[index]:
+                self._replay(index, names, states, calls)
+                continue
+            of_layer = self._layer(index, names, states, calls)
+            records += of_layer
+            self._require_few_fallbacks(records, num_weights)
+            self._tell(index, of_layer, time.monotonic() - started)
+            if self._on_progress is not None:
+                self._on_progress(names[-1])
+        return records
+
+    # --- what a layer is made of ------------------------------------------------------------------------------------
+
+    def _steps_of(self, names: Sequence[str]) -> list[Address]:
+        """The steps of a layer that quantize its weights."""
+        addresses = dict.fromkeys(self._outputs.address_of[name] for name in names if self._is_matrix(name))
+        return [address for address in addresses if _is_calibrated(address.step)]
+
+    def _read(self, name: str, *, finished: bool = False) -> Tensor:
+        """A tensor of the checkpoint: float32 if it is a matrix; with `finished` as the output has it."""
+        address = self._outputs.address_of[name]
+        step = address.step
+        if finished and self._outputs.is_finished(address):
+            if isinstance(step, Copy):
+                return self._outputs.read(address, step.output)
+            member = next(member for member in step.members if member.weight.name == name)
+            return self._outputs.read_member(address, member)
+        if name not in self._weights:
+            spec = self._plan.checkpoint.tensors[name]
+            return read_tensor(self._source, spec).view(spec.shape)
+        weight = self._weights[name]
+        weight_NK = weight.decode(weight.read(self._source, 0, weight.shape[0])).float()
+        if bool(weight_NK.isfinite().all()):
+            return weight_NK
+        if self._nonfinite is None:
+            raise CheckpointError(f"{name} holds NaN or infinite weights; --allow-nonfinite stores them as zeros")
+        self._nonfinite.add(name)
+        return weight_NK.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+    def _load(self, index: int, names: Sequence[str], *, finished: bool) -> _Layer:
+        layer = _Layer(index, self._skeleton.layer(index), self._skeleton.sites(index))
+        for name in names:
+            tensor = self._read(name, finished=finished).to(self._device)
+            (layer.weights if self._is_matrix(name) else layer.vectors)[name] = tensor
+        self._skeleton.load_layer(index, layer.read)
+        return layer
+
+    def _is_matrix(self, name: str) -> bool:
+        return name in self._weights and not self._weights[name].is_vector
+
+    # --- running ----------------------------------------------------------------------------------------------------
+
+    def _first_states(self, max_bytes: int) -> tuple[HiddenStates, list[list[Call]]]:
+        """What enters the first layer, and the calls of all layers, for each batch of samples of one length."""
+        self._skeleton.load_outer(self._read)
+        batches = list(_batches(self._calibration.samples))
+        hidden_size = self._skeleton.hidden_size
+        shapes = [(*batch.shape, hidden_size) for batch in batches]
+        states = HiddenStates(shapes, max_bytes=max_bytes, file=self._work / "hidden-states.part")
+        calls = []
+        for number, batch_BT in enumerate(batches):
+            hidden_BTH, of_layers = self._skeleton.record(batch_BT.to(self._device))
+            states.put(number, hidden_BTH)
+            calls.append(of_layers)
+        self._skeleton.drop_outer()
+        return states, calls
+
+    def _advance(self, layer: _Layer, states: HiddenStates, calls: Sequence[Sequence[Call]]) -> None:
+        """Run all batches through a layer, and put what it gives in the place of what it got."""
+        for number, of_layers in enumerate(calls):
+            hidden_BTH = self._skeleton.run(layer.module, states.get(number, self._device), of_layers[layer.index])
+            if not bool(hidden_BTH.isfinite().all()):
+                raise CheckpointError(f"layer {layer.index} gives numbers that are not finite for the calibration data")
+            states.put(number, hidden_BTH)
+
+    def _replay(self, index: int, names: Sequence[str], states: HiddenStates, calls: Sequence[Sequence[Call]]) -> None:
+        """Run a layer that an earlier run has finished."""
+        layer = self._load(index, names, finished=True)
+        self._advance(layer, states, calls)
+        self._skeleton.drop_layer(index)
+
+    def _layer(self, index: int, names: Sequence[str], states: HiddenStates, calls: Sequence[Sequence[Call]]) -> list[Record]:
+        """Quantize a layer."""
+        layer = self._load(index, names, finished=False)
+        collector = Collector()
+        with Tap(layer.module, collector.add, every_expert=True) as tap:
+            for number, of_layers in enumerate(calls):
+                self._skeleton.run(layer.module, states.get(number, self._device), of_layers[index])
+        statistics = {name: collector.of(layer.linear(name)) for name in layer.weights}
+        records = []
+        if self._method.scaling:
+            records += self._move_scales(layer, tap, statistics, states.get(0, self._device), calls[0][index])
+        records += self._solve(layer, names, statistics, tap)
+        self._outputs.commit(self._nonfinite or set())
+        self._note(records)
+        self._advance(layer, states, calls)
+        self._skeleton.drop_layer(index)
+        return records
+
+    # --- scales -----------------------------------------------------------------------------------------------------
+
+    def _move_scales(
+        self, layer: _Layer, tap: Tap, statistics: dict[str, Statistics | None], hidden_BTH: Tensor, call: Call
+    ) -> list[Record]:
+        """Move scales between what gives an input and what reads it, wherever that helps; write what is then no longer a copy."""
+        expected_BTH = self._skeleton.run(layer.module, hidden_BTH, call)
+        records, changed = [], set[str]()
+        for pair, offset in self._pairs(layer, tap):
+            problem = self._problem(pair) or self._does_not_hold(layer, pair, offset, hidden_BTH, call, expected_BTH)
+            scaling = None if problem else self._scaling(layer, pair, statistics)
+            if scaling is None or not scaling.helps:
+                records.append(Record(layer.index, pair.title, scheme=self._method.scaling, fallback=problem or "does not help"))
+                continue
+            seen = statistics[pair.readers[0]]
+            assert seen is not None
+            scale_K = move_scale(pair, scaling.scale_K, layer.weights, layer.vectors, offset=offset)
+            scaled = {id(old): old.scaled(scale_K) for name in pair.readers if (old := statistics[name]) is not None}
+            statistics.update({name: scaled[id(old)] for name in pair.readers if (old := statistics[name]) is not None})
+            changed |= {pair.giver, *pair.readers}
+            size = _size([layer.weights[name] for name in pair.readers], scaled[id(seen)])
+            records.append(
+                Record(
+                    layer.index,
+                    pair.title,
+                    scheme=self._method.scaling,
+                    tokens=seen.num_tokens,
+                    error_before=scaling.error_before / size,
+                    error_after=scaling.error_after / size,
+                    rescaled=(pair.giver, *pair.readers),
+                )
+            )
+        for name in changed:
+            address = self._outputs.address_of[name]
+            if isinstance(address.step, Copy):
+                tensor = layer.weights[name].to(TORCH_DTYPES[self._weights[name].dtype]) if name in layer.weights else layer.vectors[name]
+                self._outputs.write(address, [(address.step.output, tensor)])
+        self._skeleton.load_layer(layer.index, layer.read)
+        return records
+
+    def _pairs(self, layer: _Layer, tap: Tap) -> Iterator[tuple[Pair, float]]:
+        names_at = defaultdict(list)
+        for name, site in layer.sites.items():
+            names_at[site.parameter].append(name)
+        for norm, readers in tap.norm_readers.items():
+            names = tuple(name for reader in readers for name in names_at[reader] if name in layer.weights)
+            yield Pair(names_at[norm][0], names, is_norm=True), tap.norm_offset(norm)
+        for pair in linear_pairs({name: (weight.shape[0], weight.shape[1]) for name, weight in layer.weights.items()}):
+            yield pair, 0.0
+
+    def _problem(self, pair: Pair) -> str:
+        """Why the scale of a pair cannot be moved, as far as the plan tells; or ""."""
+        steps = {name: self._outputs.address_of[name].step for name in (pair.giver, *pair.readers)}
+        if not any(_is_calibrated(steps[name]) for name in pair.readers):
+            return "nothing that reads it is quantized"
+        fixed = next((name for name, step in steps.items() if not (_is_calibrated(step) or isinstance(step, Copy))), None)
+        return "" if fixed is None else f"{fixed} keeps the codes that the source has"
+
+    def _does_not_hold(self, layer: _Layer, pair: Pair, offset: float, hidden_BTH: Tensor, call: Call, expected_BTH: Tensor) -> str:
+        """Why not: with a scale moved the layer gives something else. Or ""."""
+        moved = replace(layer, weights=dict(layer.weights), vectors=dict(layer.vectors))
+        scale_K = torch.ones(layer.weights[pair.readers[0]].shape[1], device=self._device)
+        scale_K[::2], scale_K[1::3] = 2.0, 0.5
+        move_scale(pair, scale_K, moved.weights, moved.vectors, offset=offset)
+        self._skeleton.load_layer(layer.index, moved.read)
+        moved_BTH = self._skeleton.run(layer.module, hidden_BTH, call)
+        self._skeleton.load_layer(layer.index, layer.read)
+        difference, size = (moved_BTH - expected_BTH).norm(), (expected_BTH - hidden_BTH).norm()  # without what goes past the layer
+        return "" if difference <= HOLDS * size else "the layer is not the same with a scale moved"
+
+    def _scaling(self, layer: _Layer, pair: Pair, statistics: Mapping[str, Statistics | None]) -> Scaling | None:
+        seen = statistics[pair.readers[0]]
+        if seen is None:
+            return None
+        readers, group_size, is_exact = [], 1, False
+        for name in pair.readers:
+            step = self._outputs.address_of[name].step
+            if not _is_calibrated(step):
+                is_exact = True
+                continue
+            weight_NK, unit = layer.weights[name], step.scheme.unit(layer.weights[name].shape[1])
+            if unit[0] == 1:
+                weight_NK = weight_NK[measured_rows(len(weight_NK))]
+            readers.append(Reader(weight_NK, partial(_rounded, scheme=step.scheme, dtype=self._dtype(name), kernels=self._kernels)))
+            group_size = unit[1]
+        if not pair.is_norm:
+            is_exact = is_exact or not _is_calibrated(self._outputs.address_of[pair.giver].step)
+        if self._method.scaling == "smoothquant":
+            return smooth_scale(readers, seen, strength=SMOOTHING, powers_of_two=is_exact)
+        return search_scale(readers, seen, group_size=group_size, powers_of_two=is_exact)
+
+    # --- solving ----------------------------------------------------------------------------------------------------
+
+    def _solve(self, layer: _Layer, names: Sequence[str], statistics: Mapping[str, Statistics | None], tap: Tap) -> list[Record]:
+        jobs = [job for address in self._steps_of(names) for job in self._jobs(address, layer, statistics)]
+        stored: defaultdict[Address, list[Any]] = defaultdict(list)
+        records = []
+        for group in _stacks(jobs):
+            solution, errors = self._solution(group)
+            for job, solved, (before, after) in zip(group, _split(group, solution), errors, strict=True):
+                stored[job.address] += _stored(job, solved)
+                scheme, site = _scheme(job.address), layer.sites[job.member.weight.name]
+                unit = scheme.unit(job.weight_NK.shape[1])
+                value_NK = dequantize(solved.code_NK, solved.scales.scale_RC, zero_RC=solved.scales.zero_RC, unit=unit)
+                layer.weights[job.member.weight.name] = value_NK
+                self._skeleton.set_weight(layer.module, site, value_NK)
+                tokens = 0 if job.statistics is None else job.statistics.num_tokens
+                routed = tap.routed_tokens(site)
+                records.append(
+                    Record(
+                        layer.index,
+                        job.member.weight.name,
+                        scheme.title,
+                        tokens,
+                        routed,
+                        before,
+                        after,
+                        solution.damping,
+                        solution.fallback,
+                    )
+                )
+        for address, tensors in stored.items():
+            self._outputs.write(address, tensors)
+        return records
+
+    def _jobs(self, address: Address, layer: _Layer, statistics: Mapping[str, Statistics | None]) -> list[_Job]:
+        step = _encode(address)
+        members = [(member, layer.weights[member.weight.name]) for member in step.members]
+        shared = None
+        if step.scheme.shares_amax:
+            amax = max(float(weight_NK.abs().amax()) for _, weight_NK in members)
+            dtype = self._dtype(step.members[0].weight.name)
+            shared = step.scheme.share(torch.tensor([amax], device=self._device), dtype)
+        return [_Job(address, member, weight_NK, statistics[member.weight.name], shared) for member, weight_NK in members]
+
+    def _solution(self, group: Sequence[_Job]) -> tuple[Solution, list[tuple[float, float]]]:
+        """Codes for weights with one input, stacked, and the errors of each before and after."""
+        scheme, dtype, seen = _scheme(group[0].address), self._dtype(group[0].member.weight.name), group[0].statistics
+        weight_NK = torch.cat([job.weight_NK for job in group]) if len(group) > 1 else group[0].weight_NK
+        if seen is None:
+            solution = round_to_nearest(weight_NK, scheme, shared=group[0].shared, dtype=dtype, kernels=self._kernels)
+            return solution._replace(fallback="no token reached it"), [(0.0, 0.0)] * len(group)
+        if self._method.solver == "gptq":
+            solution = gptq(weight_NK, seen.hessian_KK, scheme, shared=group[0].shared, dtype=dtype, kernels=self._kernels)
+        else:
+            solution = round_to_nearest(
+                weight_NK, scheme, hessian_KK=seen.hessian_KK, shared=group[0].shared, dtype=dtype, kernels=self._kernels
+            )
+        rows = [len(job.weight_NK) for job in group]
+        before_N, after_N = torch.split(solution.error_before_N, rows), torch.split(solution.error_after_N, rows)
+        sizes = [_size([job.weight_NK], seen) for job in group]
+        return solution, [
+            (float(before.sum()) / size, float(after.sum()) / size) for before, after, size in zip(before_N, after_N, sizes, strict=True)
+        ]
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return TORCH_DTYPES[self._weights[name].dtype]
+
+    # --- telling ----------------------------------------------------------------------------------------------------
+
+    def _earlier_records(self) -> list[Record]:
+        """What an earlier run of this job has noted of the layers that it finished."""
+        if not self._records_file.is_file():
+            return []
+        lines = [line for line in self._records_file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        return [Record(**entry | {"rescaled": tuple(entry["rescaled"])}) for line in lines for entry in json.loads(line)]
+
+    def _note(self, records: Sequence[Record]) -> None:
+        with self._records_file.open("a") as file:
+            file.write(json.dumps([asdict(record) for record in records]) + "\n")
+
+    def _require_few_fallbacks(self, records: Sequence[Record], num_weights: int) -> None:
+        fallen = [record for record in records if record.fallback and not record.is_pair]
+        if len(fallen) > self._max_fallback * num_weights:
+            raise RequestError(
+                f"{len(fallen)} of {num_weights} weights could not be calibrated, the last being {fallen[-1].name}: {fallen[-1].fallback}; "
+                "give more --samples, or a higher --max-fallback"
+            )
+
+    def _tell(self, index: int, records: Sequence[Record], seconds: float) -> None:
+        solved = [record for record in records if not record.is_pair]
+        before, after = (
+            sum(values) / max(len(solved), 1) for values in ([r.error_before for r in solved], [r.error_after for r in solved])
+        )
+        LOGGER.info(
+            "layer %d of %d: %d weights, error of outputs %.3g -> %.3g, %.1f s",
+            index + 1,
+            self._skeleton.num_layers,
+            len(solved),
+            before,
+            after,
+            seconds,
+            extra={
+                "event": "layer",
+                "figures": {"layer": index, "error_before": before, "error_after": after, "seconds": round(seconds, 3)},
+            },
+        )
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _is_calibrated(step: Step) -> TypeGuard[Encode]:
+    """Whether a step quantizes plain numbers."""
+    return isinstance(step, Encode) and not step.keeps_codes and not isinstance(step.scheme, Plain)
+
+
+def _encode(address: Address) -> Encode:
+    assert isinstance(address.step, Encode)
+    return address.step
+
+
+def _scheme(address: Address) -> Scheme:
+    return _encode(address).scheme
+
+
+def _batches(samples: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Samples of one length together, [B, T], in their order."""
+    batch: list[Tensor] = []
+    for sample in samples:
+        if batch and (len(sample) != len(batch[0]) or (len(batch) + 1) * len(sample) > BATCH_TOKENS):
+            yield torch.stack(batch)
+            batch = []
+        batch.append(sample)
+    if batch:
+        yield torch.stack(batch)
+
+
+def _rounded(weight_NK: Tensor, *, scheme: Scheme, dtype: torch.dtype, kernels: Kernels) -> Tensor:
+    """The nearest that a scheme can store, as if the weight stood alone."""
+    shared = scheme.share(weight_NK.abs().amax().view(1), dtype) if scheme.shares_amax else None
+    solution = round_to_nearest(weight_NK, scheme, shared=shared, dtype=dtype, kernels=kernels)
+    unit = scheme.unit(weight_NK.shape[1])
+    return dequantize(solution.code_NK, solution.scales.scale_RC, zero_RC=solution.scales.zero_RC, unit=unit)
+
+
+def _stacks(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
+    """Jobs that can be solved as one: of one input, one scheme, and rows that do not depend on each other."""
+    groups: defaultdict[Any, list[_Job]] = defaultdict(list)
+    for number, job in enumerate(jobs):
+        scheme = _scheme(job.address)
+        stands_alone = scheme.unit(job.weight_NK.shape[1])[0] > 1 or job.statistics is None
+        shares = id(job.address.step) if scheme.shares_amax else None
+        groups[number if stands_alone else (id(job.statistics), scheme, job.member.weight.dtype, shares)].append(job)
+    for group in groups.values():
+        part: list[_Job] = []
+        for job in group:
+            if part and sum(other.weight_NK.numel() for other in part) + job.weight_NK.numel() > STACK_ELEMENTS:
+                yield part
+                part = []
+            part.append(job)
+        yield part
+
+
+def _split(group: Sequence[_Job], solution: Solution) -> Iterator[_Solved]:
+    """What belongs to each weight of a stack."""
+    start = 0
+    for job in group:
+        end = start + len(job.weight_NK)
+        if len(group) == 1 or len(solution.scales.scale_RC) == 1:
+            scales = solution.scales
+        else:
+            scales = Scales(*[None if part is None else part[start:end] for part in solution.scales])  # type: ignore[arg-type]
+        yield _Solved(solution.code_NK[start:end], scales)
+        start = end
+
+
+def _stored(job: _Job, solved: _Solved) -> list[tuple[TensorSpec, Tensor]]:
+    """The outputs of a weight and where they go."""
+    scheme, weight = _scheme(job.address), job.member.weight
+    tensors = scheme.pack(scheme.codes.round(solved.code_NK.clone()), solved.scales)
+    tensors = tensors | scheme.once(weight.shape, TORCH_DTYPES[weight.dtype], job.shared)
+    return [(job.member.place(suffix), tensor) for suffix, tensor in tensors.items()]
+
+
+def _size(weights: Sequence[Tensor], statistics: Statistics) -> float:
+    """The sum of squares of what these weights give, from the rows of which errors are measured."""
+    total = 0.0
+    for weight_NK in weights:
+        rows = measured_rows(len(weight_NK))
+        total += float(hessian_error(weight_NK[rows], statistics.hessian_KK).sum()) * rows.step
+    return max(total, TINY)

@@ -1,0 +1,125 @@
+"""The calibrated mode as `convert` uses it: a tokenizer, data and a skeleton from the source, then layer by layer."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from streamquant.calibrate.data import Calibration, load_calibration, load_tokenizer
+from streamquant.calibrate.layer_outputs import LayerOutputs
+from streamquant.calibrate.layers import Record, calibrate_layers
+from streamquant.calibrate.method import CalibrationWish
+from streamquant.calibrate.skeleton import build_skeleton, shapes_of
+from streamquant.checkpoint.journal import Journal
+from streamquant.checkpoint.local import LocalSource
+from streamquant.checkpoint.source import Source
+from streamquant.errors import RequestError
+from streamquant.inputs import Inventory, Stack
+from streamquant.lazy import torch
+from streamquant.plan import Plan
+from streamquant.schemes.kernels import Kernels
+
+CONFIG_NAME = "config.json"
+MAX_FILE_BYTES = 256 << 20  # of a tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationReport:
+    """What a calibration did."""
+
+    method: str
+    data: str
+    samples: int
+    tokens: int
+    records: tuple[Record, ...]
+
+    @property
+    def fallbacks(self) -> list[Record]:
+        """The weights that were left to plain rounding."""
+        return [record for record in self.records if record.fallback and not record.is_pair]
+
+    @property
+    def rescaled(self) -> list[str]:
+        """The tensors that are not those of the source times a number."""
+        return sorted({name for record in self.records for name in record.rescaled})
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values."""
+        weights = [asdict(record) for record in self.records if not record.is_pair]
+        pairs = [asdict(record) for record in self.records if record.is_pair]
+        return {
+            "method": self.method,
+            "data": self.data,
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "weights": weights,
+            "pairs": pairs,
+        }
+
+
+@contextmanager
+def model_folder(plan: Plan, source: Source) -> Iterator[Path]:
+    """A local folder with the config and the tokenizer of the source."""
+    if plan.checkpoint.layout.config_name != CONFIG_NAME or plan.checkpoint.config is None:
+        raise RequestError(f"{plan.checkpoint.source} has no {CONFIG_NAME}, and calibration runs the model that it describes")
+    if isinstance(source, LocalSource):
+        yield source.folder
+        return
+    sizes = source.sizes()
+    with tempfile.TemporaryDirectory(prefix="streamquant-") as folder:
+        for file in (CONFIG_NAME, *plan.checkpoint.side_files):
+            if sizes[file] <= MAX_FILE_BYTES:
+                content = bytearray(sizes[file])
+                source.read(file, 0, memoryview(content))
+                target = Path(folder) / file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content)
+        yield Path(folder)
+
+
+def load_data(wish: CalibrationWish, folder: Path) -> Calibration:
+    """The tokens to calibrate with."""
+    return load_calibration(wish.options, load_tokenizer(folder))
+
+
+def calibrate(
+    plan: Plan,
+    inventory: Inventory,
+    source: Source,
+    wish: CalibrationWish,
+    calibration: Calibration,
+    *,
+    folder: Path,
+    work: Path,
+    journal: Journal,
+    max_hidden_bytes: int,
+    device: torch.device,
+    kernels: Kernels,
+    allow_nonfinite: bool,
+    on_progress: Callable[[str], None] | None,
+) -> CalibrationReport:
+    """Finish everything in the decoder layers that the method changes. `on_progress` is called with the name of what was just done."""
+    nonfinite: set[str] | None = set() if allow_nonfinite else None
+    biases = [bias for item in inventory.items if isinstance(item, Stack) for bias in item.biases]
+    with torch.inference_mode(), LayerOutputs(plan, work=work, journal=journal) as outputs:
+        records: Sequence[Record] = calibrate_layers(
+            plan,
+            {weight.name: weight for weight in (*inventory.weights, *biases)},
+            source,
+            skeleton=build_skeleton(folder, shapes_of(inventory), device=device),
+            calibration=calibration,
+            method=wish.method,
+            max_fallback=wish.max_fallback,
+            outputs=outputs,
+            work=work,
+            max_hidden_bytes=max_hidden_bytes,
+            device=device,
+            kernels=kernels,
+            nonfinite=nonfinite,
+            on_progress=on_progress,
+        )
+    return CalibrationReport(wish.name, calibration.title, len(calibration.samples), calibration.num_tokens, tuple(records))

@@ -1,0 +1,81 @@
+"""What solvers know of the inputs of linears: X^T X, magnitudes, and how many tokens there were.
+
+Linears that are given the same input share one `Statistics`: q, k and v; gate and up; with every token routed to every expert, the gate and
+up of all experts. A Hessian of a layer is then computed once, and solved once.
+Legend: K in_features, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from streamquant.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(eq=False, slots=True)
+class Statistics:
+    """Of one input, over all tokens."""
+
+    hessian_KK: Tensor  # X^T X, float32
+    abs_sum_K: Tensor
+    amax_K: Tensor
+    num_tokens: int = 0
+
+    @classmethod
+    def of_nothing(cls, num_columns: int, device: torch.device) -> Statistics:
+        """Of an input that was not seen yet."""
+        zeros_K = torch.zeros(num_columns, device=device)
+        return cls(torch.zeros(num_columns, num_columns, device=device), zeros_K, zeros_K.clone())
+
+    def add(self, input_TK: Tensor) -> None:
+        """Take tokens into account."""
+        self.hessian_KK.addmm_(input_TK.T, input_TK)
+        magnitude_TK = input_TK.abs()
+        self.abs_sum_K += magnitude_TK.sum(0)
+        self.amax_K = torch.maximum(self.amax_K, magnitude_TK.amax(0))
+        self.num_tokens += len(input_TK)
+
+    def scaled(self, scale_K: Tensor) -> Statistics:
+        """Of the same input with its columns divided by a scale."""
+        inverse_K = 1.0 / scale_K
+        hessian_KK = self.hessian_KK * inverse_K[:, None] * inverse_K
+        return Statistics(hessian_KK, self.abs_sum_K * inverse_K, self.amax_K * inverse_K, self.num_tokens)
+
+    @property
+    def mean_K(self) -> Tensor:
+        """The mean magnitude of each column."""
+        return self.abs_sum_K / max(self.num_tokens, 1)
+
+
+class Collector:
+    """Statistics of a layer by linear, collected while batches run through it."""
+
+    def __init__(self) -> None:
+        self._of: dict[Hashable, Statistics] = {}
+        self._leaders: set[Hashable] = set()
+        self._inputs = WeakTensorKeyDictionary()  # as long as they are alive, their statistics
+
+    def add(self, linear: Hashable, input_TK: Tensor) -> None:
+        """Note what a linear was given. One that is given a tensor that another was given shares its statistics from then on."""
+        if not len(input_TK):
+            return
+        if linear not in self._of:
+            if input_TK in self._inputs:
+                self._of[linear] = self._inputs[input_TK]
+                return
+            self._of[linear] = Statistics.of_nothing(input_TK.shape[1], input_TK.device)
+            self._leaders.add(linear)
+        if linear in self._leaders:
+            self._of[linear].add(input_TK)
+            self._inputs[input_TK] = self._of[linear]
+
+    def of(self, linear: Hashable) -> Statistics | None:
+        """What is known of the input of a linear; None if it was never given any."""
+        return self._of.get(linear)

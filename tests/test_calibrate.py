@@ -1,0 +1,298 @@
+"""The calibrated mode as a whole: what it writes is better, complete, and the same after a kill."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import streamquant
+from streamquant.calibrate import layers
+from streamquant.calibrate.gptq import Solution
+from streamquant.errors import CheckpointError, RequestError
+from streamquant.stream import Progress
+from tests.checkpoints import WIKI_LLAMA, file_bytes, read_tensors, write_checkpoint
+from tests.test_cli import run
+
+pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+
+TEXT = Path(layers.__file__).parent / "default_text.txt"
+OTHER_TEXT = Path(__file__).parent / "data" / "wikitext2-sample.txt"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+SMALL: dict[str, Any] = {"samples": 12, "sequence_length": 64, "seed": 3}
+METHODS = ("gptq", "awq", "smoothquant", "awq+gptq", "smoothquant+gptq")
+
+
+def convert(source: Path, out: Path, **arguments: Any) -> streamquant.Conversion:
+    return streamquant.convert(source, out, **({"scheme": "W4A16", "calibration_data": TEXT} | SMALL | arguments))
+
+
+def logits(folder: Path, input_ids_BT: Tensor) -> Tensor:
+    """What transformers computes with an output, in float32."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    options: dict[str, Any] = {}
+    if getattr(config, "quantization_config", None) is not None:
+        options["quantization_config"] = transformers.utils.quantization_config.CompressedTensorsConfig(run_compressed=False)
+    model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).float().eval()
+    with torch.no_grad():
+        return torch.as_tensor(model(input_ids=input_ids_BT, use_cache=False).logits).log_softmax(-1)
+
+
+def divergence(folder: Path, input_ids_BT: Tensor, reference: Tensor) -> float:
+    """Mean KL divergence from the model that was not quantized, in nats a token."""
+    return float((reference.exp() * (reference - logits(folder, input_ids_BT))).sum(-1).mean())
+
+
+@pytest.fixture(scope="module")
+def input_ids_BT() -> Tensor:
+    transformers = pytest.importorskip("transformers")
+    tokens = transformers.AutoTokenizer.from_pretrained(WIKI_LLAMA)(OTHER_TEXT.read_text())["input_ids"]
+    return torch.tensor(tokens[: 8 * 128]).view(8, 128)
+
+
+@pytest.fixture(scope="module")
+def reference(input_ids_BT: Tensor) -> Tensor:
+    return logits(WIKI_LLAMA, input_ids_BT)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_calibration_is_nearer_to_the_model_than_rounding(method: str, tmp_path: Path, input_ids_BT: Tensor, reference: Tensor) -> None:
+    """Of weights with outliers in the channels that inputs have them in, which is what these methods exist for."""
+    source = with_outliers(WIKI_LLAMA, tmp_path / "source")
+    more = {"samples": 48, "sequence_length": 128}
+    report = convert(source, tmp_path / "out", method=method, **more)
+    rounded = streamquant.convert(source, tmp_path / "rounded", scheme="W4A16")
+    assert rounded.calibration is None
+    ours, theirs = (divergence(tmp_path / name, input_ids_BT, reference) for name in ("out", "rounded"))
+    assert ours < 0.75 * theirs
+    assert report.calibration is not None
+    assert report.calibration.fallbacks == []
+    told = report.to_json()["calibration"]
+    assert (told["method"], told["samples"], told["tokens"]) == (method, 48, 48 * 128)
+    assert {record["name"] for record in told["weights"]} == set(report.to_json()["quantized"])
+    assert all(record["tokens"] == 48 * 128 and 0 < record["error_after"] <= record["error_before"] < 1 for record in told["weights"])
+    if "gptq" in method:
+        assert sum(r["error_after"] for r in told["weights"]) < 0.8 * sum(r["error_before"] for r in told["weights"])
+    if "awq" in method:
+        moved = [record for record in told["pairs"] if not record["fallback"]]
+        assert len(moved) >= 2 * 6
+        assert all(record["error_after"] < record["error_before"] for record in moved)
+
+
+def with_outliers(source: Path, target: Path) -> Path:
+    """The same function, with some channels of each norm made larger and the columns that read them smaller."""
+    tensors = read_tensors(source)
+    generator = torch.Generator().manual_seed(5)
+    readers = {"input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+               "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj")}  # fmt: skip
+    for name in [name for name in tensors if name.endswith("layernorm.weight")]:
+        layer, kind, _ = name.rsplit(".", 2)
+        scale_K = torch.ones(len(tensors[name]))
+        scale_K[torch.randperm(len(scale_K), generator=generator)[:16]] = 16.0
+        tensors[name] = (tensors[name].float() * scale_K).bfloat16()
+        for reader in readers[kind]:
+            weight = f"{layer}.{reader}.weight"
+            tensors[weight] = (tensors[weight].float() / scale_K).bfloat16()
+    config = json.loads((source / "config.json").read_text())
+    files = {name: (source / name).read_text() for name in TOKENIZER}
+    return write_checkpoint(target, tensors, config=config, side_files=files)
+
+
+@pytest.mark.parametrize("preset", ["W4A16_ASYM", "W8A8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16", "MXFP4"])
+def test_gptq_for_other_schemes(preset: str, tmp_path: Path) -> None:
+    report = convert(WIKI_LLAMA, tmp_path / "out", scheme=preset, method="gptq").to_json()
+    weights = report["calibration"]["weights"]
+    assert len(weights) == 42
+    assert [record["fallback"] for record in weights if record["fallback"]] == []
+    assert sum(record["error_after"] for record in weights) < 0.9 * sum(record["error_before"] for record in weights)
+    assert streamquant.verify(tmp_path / "out", against=WIKI_LLAMA).problems == []
+
+
+def test_what_is_in_no_layer_is_as_without_data(tmp_path: Path) -> None:
+    convert(WIKI_LLAMA, tmp_path / "gptq", method="gptq", include=["lm_head"])
+    streamquant.convert(WIKI_LLAMA, tmp_path / "rtn", scheme="W4A16", include=["lm_head"])
+    ours, theirs = read_tensors(tmp_path / "gptq"), read_tensors(tmp_path / "rtn")
+    assert ours.keys() == theirs.keys()
+    outside = [name for name in ours if ".layers." not in name]
+    assert {"lm_head.weight_packed", "model.embed_tokens.weight"} <= set(outside)
+    assert all(torch.equal(ours[name], theirs[name]) for name in outside)
+    assert not torch.equal(ours["model.layers.3.mlp.up_proj.weight_packed"], theirs["model.layers.3.mlp.up_proj.weight_packed"])
+    assert (tmp_path / "gptq" / "config.json").read_bytes() == (tmp_path / "rtn" / "config.json").read_bytes()
+
+
+# --- killed and run again --------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("num_layers", [1, 4])
+def test_a_run_that_was_killed_goes_on_with_the_same_bytes(tmp_path: Path, method: str, num_layers: int) -> None:
+    seen = []
+
+    def stop(progress: Progress) -> None:
+        seen.append(progress)
+        if len(seen) == num_layers:
+            raise Killed
+
+    arguments = {"method": method, "max_shard_size": "1MB"}
+    with pytest.raises(Killed):
+        convert(WIKI_LLAMA, tmp_path / "out", on_progress=stop, **arguments)
+    again: list[Progress] = []
+    resumed = convert(WIKI_LLAMA, tmp_path / "out", on_progress=again.append, **arguments)
+    whole = convert(WIKI_LLAMA, tmp_path / "whole", **arguments)
+    assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "whole")
+    assert resumed.calibration is not None
+    assert whole.calibration is not None
+    assert resumed.calibration.to_json() == whole.calibration.to_json()
+    assert again[0].total_bytes < seen[0].total_bytes
+    assert again[-1].done_bytes == again[-1].total_bytes
+
+
+def test_a_kill_after_the_last_layer_calibrates_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(progress: Progress) -> None:
+        if "embed_tokens" in progress.tensor or "lm_head" in progress.tensor:
+            raise Killed
+
+    with pytest.raises(Killed):
+        convert(WIKI_LLAMA, tmp_path / "out", method="gptq", on_progress=stop)
+    monkeypatch.setattr(layers._Run, "_first_states", None)
+    assert convert(WIKI_LLAMA, tmp_path / "out", method="gptq").calibration is not None
+    assert streamquant.verify(tmp_path / "out").problems == []
+
+
+@pytest.mark.parametrize(
+    "change", [{"packed": False}, {"samples": 11}, {"sequence_length": 65}, {"seed": 4}, {"method": "awq"}], ids=str
+)
+def test_another_calibration_is_another_job(tmp_path: Path, change: Mapping[str, Any]) -> None:
+    convert(WIKI_LLAMA, tmp_path / "out", method="gptq")
+    with pytest.raises(RequestError, match="another job: its calibration"):
+        convert(WIKI_LLAMA, tmp_path / "out", **({"method": "gptq"} | dict(change)))
+
+
+def test_hidden_states_in_a_file_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_file = []
+    make = layers.HiddenStates
+
+    def spy(*arguments: Any, **options: Any) -> layers.HiddenStates:
+        states = make(*arguments, **options)
+        in_file.append(states.in_file)
+        return states
+
+    monkeypatch.setattr(layers, "HiddenStates", spy)
+    for memory in ("16MiB", "256MiB"):
+        convert(WIKI_LLAMA, tmp_path / memory, method="gptq", max_memory=memory, samples=80, sequence_length=256)
+    assert in_file == [True, False]
+    assert file_bytes(tmp_path / "16MiB") == file_bytes(tmp_path / "256MiB")
+    states = layers.HiddenStates([(2, 5, 3), (1, 4, 3)], max_bytes=10, file=tmp_path / "states")
+    assert states.in_file
+    assert list(tmp_path.glob("states")) == []
+    states.put(1, torch.arange(12.0).view(1, 4, 3))
+    states.put(0, torch.ones(2, 5, 3))
+    assert torch.equal(states.get(1, torch.device("cpu")), torch.arange(12.0).view(1, 4, 3))
+
+
+# --- experts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def experts(tmp_path: Path) -> Path:
+    """A small model with experts and the tokenizer of the example."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=4096, hidden_size=64, intermediate_size=96, moe_intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = tmp_path / "experts"
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    for name in TOKENIZER:
+        (folder / name).write_bytes((WIKI_LLAMA / name).read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_every_expert_is_calibrated_with_every_token(experts: Path, tmp_path: Path, method: str) -> None:
+    report = convert(experts, tmp_path / "out", method=method, group_size=16)
+    assert report.calibration is not None
+    of_experts = [record for record in report.calibration.records if ".experts." in record.name and not record.is_pair]
+    assert len(of_experts) == 3 * 4 * 2
+    assert all(record.tokens == 12 * 64 and not record.fallback for record in of_experts)
+    routed = [record.routed_tokens for record in of_experts]
+    assert None not in routed
+    assert sum(r for r in routed if r is not None) == 12 * 64 * 2 * 3 * 2  # two experts a token, three weights each, two layers
+    assert streamquant.verify(tmp_path / "out", against=experts).problems == []
+
+
+# --- what cannot be --------------------------------------------------------------------------------------------------
+
+
+def fallen(*arguments: Any, **options: Any) -> Solution:
+    solution = layers.round_to_nearest(*arguments[:1], *arguments[2:], **options)
+    return solution._replace(fallback="the Hessian is not positive definite")
+
+
+def test_too_many_weights_that_could_not_be_calibrated_fail_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "gptq", fallen)
+    with pytest.raises(RequestError, match=r"7 of 42 weights could not be calibrated.*not positive definite; give more --samples"):
+        convert(WIKI_LLAMA, tmp_path / "out", method="gptq")
+    report = convert(WIKI_LLAMA, tmp_path / "other", method="gptq", max_fallback=1.0)
+    assert report.calibration is not None
+    assert len(report.calibration.fallbacks) == 42
+    rounded = streamquant.convert(WIKI_LLAMA, tmp_path / "rtn", scheme="W4A16")
+    ours, theirs = read_tensors(tmp_path / "other"), read_tensors(tmp_path / "rtn")
+    assert rounded.calibration is None
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    tensors = read_tensors(WIKI_LLAMA)
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 5] = math.nan
+    config = json.loads((WIKI_LLAMA / "config.json").read_text())
+    files = {name: (WIKI_LLAMA / name).read_text() for name in TOKENIZER}
+    source = write_checkpoint(tmp_path / "source", tensors, config=config, side_files=files)
+    with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.up_proj\.weight holds NaN"):
+        convert(source, tmp_path / "out", method="gptq")
+    report = convert(source, tmp_path / "out", method="gptq", allow_nonfinite=True, restart=True)
+    assert report.nonfinite == ("model.layers.2.mlp.up_proj.weight",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--method", "rtn", "--samples", "5"], "--samples: method rtn takes no data; choose another --method: gptq, awq"),
+        (["--method", "gptq", "--max-fallback", "7"], "--max-fallback 7.0 is no part"),
+        (["--method", "gptq", "--calibration-data", "nowhere.txt"], "nowhere.txt"),
+        (["--method", "gptq", "--sequence-length", "1"], "--sequence-length 1"),
+    ],
+)
+def test_wishes_that_make_no_sense_are_refused_in_a_line(tmp_path: Path, arguments: list[str], said: str) -> None:
+    result = run("convert", WIKI_LLAMA, tmp_path / "out", "--scheme", "W4A16", *arguments)
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert result.stderr.count("Error") + result.stderr.count("error") <= 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_without_a_tokenizer_or_a_config_is_refused(tmp_path: Path) -> None:
+    for missing, said in (("tokenizer.json", "has no tokenizer"), ("config.json", "no config.json, and calibration runs the model")):
+        source = tmp_path / missing
+        source.mkdir()
+        for path in WIKI_LLAMA.iterdir():
+            if path.name not in (missing, "tokenizer_config.json"):
+                (source / path.name).write_bytes(path.read_bytes())
+        with pytest.raises(RequestError, match=said):
+            convert(source, tmp_path / "out", method="gptq")
+
+
+def test_a_dry_run_with_a_method_plans(tmp_path: Path) -> None:
+    result = run("convert", WIKI_LLAMA, tmp_path / "out", "--scheme", "W4A16", "--method", "gptq", "--dry-run")
+    assert result.returncode == 0
+    assert "W4A16" in result.stdout
