@@ -169,6 +169,21 @@ def test_a_scale_moved_into_the_rows_of_a_linear_changes_no_output() -> None:
     torch.testing.assert_close(output(), before, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("pair", [Pair("g.weight", ("r",)), Pair("g.weight", ("r",), is_norm=True)], ids=["linear", "norm"])
+def test_a_bias_of_what_gives_the_input_is_scaled_with_it(pair: Pair) -> None:
+    input_TK, scale_K = torch.randn(20, 64), torch.randint(-2, 3, (64,)).float().exp2()
+    tensors = {"r": torch.randn(16, 64)} | ({} if pair.is_norm else {"g.weight": torch.randn(64, 64)})
+    vectors = {"g.bias": torch.randn(64).bfloat16()} | ({"g.weight": torch.randn(64).bfloat16()} if pair.is_norm else {})
+
+    def output() -> Tensor:
+        given = input_TK * vectors["g.weight"] if pair.is_norm else input_TK @ tensors["g.weight"].T
+        return (given + vectors["g.bias"]) @ tensors["r"].T
+
+    before = output()
+    move_scale(pair, scale_K, tensors, vectors)
+    torch.testing.assert_close(output(), before, rtol=1e-4, atol=1e-4)
+
+
 def test_pairs_of_linears_are_found_by_names_and_shapes() -> None:
     shapes = {
         "l.self_attn.v_proj.weight": (64, 128), "l.self_attn.o_proj.weight": (128, 128),  # heads share values

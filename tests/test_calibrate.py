@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import streamquant
 from streamquant.calibrate import layers
 from streamquant.calibrate.gptq import Solution
+from streamquant.checkpoint.journal import Journal
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.stream import Progress
 from tests.checkpoints import WIKI_LLAMA, file_bytes, read_tensors, write_checkpoint
@@ -156,6 +157,28 @@ def test_a_run_that_was_killed_goes_on_with_the_same_bytes(tmp_path: Path, metho
     assert again[-1].done_bytes == again[-1].total_bytes
 
 
+@pytest.mark.parametrize("num_notes", [1, 2, 3, 4])
+def test_a_layer_of_which_only_some_shards_were_noted_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_notes: int
+) -> None:
+    """The norms, too, whose scales have moved."""
+    arguments = {"method": "awq", "max_shard_size": "150kB"}
+    record, notes = Journal.record_steps, []
+
+    def stop(*arguments: Any, **options: Any) -> None:
+        if len(notes) == num_notes:
+            raise Killed
+        notes.append(record(*arguments, **options))
+
+    monkeypatch.setattr(Journal, "record_steps", stop)
+    with pytest.raises(Killed):
+        convert(WIKI_LLAMA, tmp_path / "out", **arguments)
+    monkeypatch.setattr(Journal, "record_steps", record)
+    convert(WIKI_LLAMA, tmp_path / "out", **arguments)
+    convert(WIKI_LLAMA, tmp_path / "whole", **arguments)
+    assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "whole")
+
+
 def test_a_kill_after_the_last_layer_calibrates_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(progress: Progress) -> None:
         if "embed_tokens" in progress.tensor or "lm_head" in progress.tensor:
@@ -168,9 +191,7 @@ def test_a_kill_after_the_last_layer_calibrates_nothing_again(tmp_path: Path, mo
     assert streamquant.verify(tmp_path / "out").problems == []
 
 
-@pytest.mark.parametrize(
-    "change", [{"packed": False}, {"samples": 11}, {"sequence_length": 65}, {"seed": 4}, {"method": "awq"}], ids=str
-)
+@pytest.mark.parametrize("change", [{"packed": False}, {"samples": 11}, {"sequence_length": 65}, {"seed": 4}, {"method": "awq"}], ids=str)
 def test_another_calibration_is_another_job(tmp_path: Path, change: Mapping[str, Any]) -> None:
     convert(WIKI_LLAMA, tmp_path / "out", method="gptq")
     with pytest.raises(RequestError, match="another job: its calibration"):

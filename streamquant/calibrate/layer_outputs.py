@@ -40,7 +40,7 @@ class LayerOutputs:
     def __init__(self, plan: Plan, *, work: Path, journal: Journal):
         self._work, self._journal = work, journal
         self._writers: dict[str, ShardWriter] = {}
-        self._pending: dict[str, dict[int, StepWriter]] = {}
+        self._pending: dict[str, dict[Address, StepWriter]] = {}
         self.address_of: dict[str, Address] = {}  # by the name of a weight or tensor of the source
         for shard in plan.shards:
             for index, step in enumerate(shard.steps):
@@ -67,11 +67,15 @@ class LayerOutputs:
             output.write(spec.start, content.numpy().data)
 
     def commit(self, nonfinite: set[str]) -> None:
-        """Flush what was written, and note that it is finished."""
-        for file, outputs in self._pending.items():
-            writer = self._writers[file]
+        """Flush what was written, and note that it is finished.
+
+        Shards without a step that quantizes are noted first: when the steps that tell that a layer is finished are noted, all of it is.
+        """
+        quantizes = {file: any(isinstance(address.step, Encode) for address in outputs) for file, outputs in self._pending.items()}
+        for file in sorted(self._pending, key=lambda file: quantizes[file]):
+            writer, outputs = self._writers[file], self._pending[file]
             writer.flush()
-            steps = {index: output.checksum for index, output in outputs.items()}
+            steps = {address.number: output.checksum for address, output in outputs.items()}
             writer.finished.update(steps)
             self._journal.record_steps(file, steps, nonfinite)
         self._pending.clear()
@@ -93,7 +97,7 @@ class LayerOutputs:
 
     def _output(self, address: Address) -> StepWriter:
         self._writer(address.shard)
-        return self._pending.setdefault(address.shard.file, {}).setdefault(address.number, StepWriter(self._writers[address.shard.file]))
+        return self._pending.setdefault(address.shard.file, {}).setdefault(address, StepWriter(self._writers[address.shard.file]))
 
     def _writer(self, shard: Shard) -> ShardWriter:
         if shard.file not in self._writers:

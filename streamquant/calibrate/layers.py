@@ -286,7 +286,7 @@ class _Run:
             scale_K = move_scale(pair, scaling.scale_K, layer.weights, layer.vectors, offset=offset)
             scaled = {id(old): old.scaled(scale_K) for name in pair.readers if (old := statistics[name]) is not None}
             statistics.update({name: scaled[id(old)] for name in pair.readers if (old := statistics[name]) is not None})
-            changed |= {pair.giver, *pair.readers}
+            changed |= {pair.giver, *pair.readers} | ({pair.bias} & layer.vectors.keys())
             size = _size([layer.weights[name] for name in pair.readers], scaled[id(seen)])
             records.append(
                 Record(
@@ -296,7 +296,7 @@ class _Run:
                     tokens=seen.num_tokens,
                     error_before=scaling.error_before / size,
                     error_after=scaling.error_after / size,
-                    rescaled=(pair.giver, *pair.readers),
+                    rescaled=(pair.giver, *({pair.bias} & layer.vectors.keys()), *pair.readers),
                 )
             )
         for name in changed:
@@ -319,7 +319,8 @@ class _Run:
 
     def _problem(self, pair: Pair) -> str:
         """Why the scale of a pair cannot be moved, as far as the plan tells; or ""."""
-        steps = {name: self._outputs.address_of[name].step for name in (pair.giver, *pair.readers)}
+        names = [name for name in (pair.giver, pair.bias, *pair.readers) if name in self._outputs.address_of]
+        steps = {name: self._outputs.address_of[name].step for name in names}
         if not any(_is_calibrated(steps[name]) for name in pair.readers):
             return "nothing that reads it is quantized"
         fixed = next((name for name, step in steps.items() if not (_is_calibrated(step) or isinstance(step, Copy))), None)
@@ -341,7 +342,7 @@ class _Run:
         seen = statistics[pair.readers[0]]
         if seen is None:
             return None
-        readers, group_size, is_exact = [], 1, False
+        readers, group_size, is_exact = [], 1, pair.bias in layer.vectors
         for name in pair.readers:
             step = self._outputs.address_of[name].step
             if not _is_calibrated(step):

@@ -33,6 +33,11 @@ class Pair:
     first_row: int = 0  # of the rows of a giver that is a linear
 
     @property
+    def bias(self) -> str:
+        """What the giver adds, if there is such a tensor."""
+        return self.giver.removesuffix("weight") + "bias"
+
+    @property
     def title(self) -> str:
         """For people."""
         more = f" and {len(self.readers) - 1} more" if len(self.readers) > 1 else ""
@@ -54,24 +59,28 @@ def linear_pairs(shapes: Mapping[str, tuple[int, int]]) -> Iterator[Pair]:
 
 
 def move_scale(
-    pair: Pair, scale_K: Tensor, weights: MutableMapping[str, Tensor], norms: MutableMapping[str, Tensor], *, offset: float = 0.0
+    pair: Pair, scale_K: Tensor, weights: MutableMapping[str, Tensor], vectors: MutableMapping[str, Tensor], *, offset: float = 0.0
 ) -> Tensor:
     """Divide what gives the input by a scale and multiply the columns of what reads it. Returns the scale as it came to be.
 
-    A norm stays a tensor of its dtype, so what the readers are multiplied with is what the norm was truly divided by. `offset` is what
-    a norm adds to its weight before it multiplies.
+    `weights` holds matrices in float32, `vectors` all else as it is stored. A norm stays of its dtype, so what the readers are multiplied
+    with is what it was truly divided by. `offset` is what a norm adds to its weight before it multiplies.
     """
+    rows = slice(pair.first_row, pair.first_row + len(scale_K))
     if pair.is_norm:
-        before_K = norms[pair.giver].float() + offset
-        after = ((before_K / scale_K) - offset).to(norms[pair.giver].dtype)
+        before_K = vectors[pair.giver].float() + offset
+        after = ((before_K / scale_K) - offset).to(vectors[pair.giver].dtype)
         after_K = after.float() + offset
         scale_K = torch.where((before_K != 0) & (after_K != 0), before_K / after_K, scale_K)
-        norms[pair.giver] = after
+        vectors[pair.giver] = after
     else:
-        rows = slice(pair.first_row, pair.first_row + len(scale_K))
         given_NK = weights[pair.giver].clone()
         given_NK[rows] /= scale_K[:, None]
         weights[pair.giver] = given_NK
+    if pair.bias in vectors:
+        bias_N = vectors[pair.bias].float()
+        bias_N[rows] /= scale_K
+        vectors[pair.bias] = bias_N.to(vectors[pair.bias].dtype)
     for reader in pair.readers:
         weights[reader] = weights[reader] * scale_K
     return scale_K
