@@ -26,6 +26,7 @@ def statistics_of(input_TK: Tensor) -> Statistics:
     statistics = Statistics.of_nothing(input_TK.shape[1], input_TK.device)
     for part_TK in input_TK.split(64):
         statistics.add(part_TK)
+    statistics.finish()
     return statistics
 
 
@@ -38,8 +39,9 @@ def rounding(scheme: Scheme) -> partial[Tensor]:
     return partial(_rounded, scheme=scheme, dtype=torch.bfloat16, kernels=TORCH)
 
 
-def test_statistics_are_sums_over_all_tokens() -> None:
-    input_TK = inputs_with_outliers()
+@pytest.mark.parametrize("num_columns", [40, 256, 300, 1100])
+def test_statistics_are_sums_over_all_tokens(num_columns: int) -> None:
+    input_TK = inputs_with_outliers(num_columns=num_columns)
     statistics = statistics_of(input_TK)
     exact_KK = input_TK.double().T @ input_TK.double()
     assert statistics.num_tokens == 300
@@ -60,6 +62,7 @@ def test_linears_with_the_same_input_share_statistics() -> None:
     for _ in range(2):
         for linear, input_TK in (("q", one_TK), ("k", one_TK), ("o", other_TK), ("v", one_TK), ("gate", one_TK.clone())):
             collector.add(linear, input_TK)
+    collector.finish()
     assert collector.of("q") is collector.of("k") is collector.of("v")
     assert len({id(collector.of(linear)) for linear in ("q", "o", "gate")}) == 3
     seen = collector.of("k")
@@ -73,8 +76,9 @@ def test_linears_with_the_same_input_share_statistics() -> None:
 def test_the_scale_is_the_best_of_the_grid_by_the_outputs_themselves(scheme: Scheme) -> None:
     """By the formulas of the paper, in float64, on the inputs and not on their Hessian."""
     input_TK, several = inputs_with_outliers(), weights(48, 16)
-    group_size = scheme.unit(256)[1]
-    found = search_scale([Reader(weight_NK, rounding(scheme)) for weight_NK in several], statistics_of(input_TK), group_size=group_size)
+    group_size, statistics = scheme.unit(256)[1], statistics_of(input_TK)
+    readers = [Reader(weight_NK, statistics.hessian_KK, rounding(scheme)) for weight_NK in several]
+    found = search_scale(readers, statistics, group_size=group_size)
     x_TK = input_TK.double()
     mean_K = x_TK.abs().mean(0)
     stacked_NK = torch.cat(several).double().abs()
@@ -96,8 +100,9 @@ def test_the_scale_is_the_best_of_the_grid_by_the_outputs_themselves(scheme: Sch
 @pytest.mark.parametrize("preset", ["W4A16", "NVFP4A16"])
 def test_a_scale_helps_inputs_with_outliers(preset: str) -> None:
     scheme = SCHEMES[preset]
-    readers = [Reader(weight_NK, rounding(scheme)) for weight_NK in weights(64)]
-    found = search_scale(readers, statistics_of(inputs_with_outliers()), group_size=scheme.unit(256)[1])
+    statistics = statistics_of(inputs_with_outliers())
+    readers = [Reader(weight_NK, statistics.hessian_KK, rounding(scheme)) for weight_NK in weights(64)]
+    found = search_scale(readers, statistics, group_size=scheme.unit(256)[1])
     assert found.helps
     assert found.error_after < 0.8 * found.error_before
 
@@ -107,16 +112,16 @@ def test_a_scale_that_does_not_help_is_left_at_1() -> None:
     scheme = SCHEMES["W4A16"]
     [weight_NK] = weights(8)
     coded_NK = rounding(scheme)(weight_NK)
-    reader = Reader(coded_NK, lambda each_NK: each_NK)
-    found = search_scale([reader], statistics_of(inputs_with_outliers()), group_size=128)
+    statistics = statistics_of(inputs_with_outliers())
+    found = search_scale([Reader(coded_NK, statistics.hessian_KK, lambda each_NK: each_NK)], statistics, group_size=128)
     assert not found.helps
     assert torch.equal(found.scale_K, torch.ones(256))
 
 
 @pytest.mark.parametrize("search", ["awq", "smoothquant"])
 def test_powers_of_two_on_request(search: str) -> None:
-    readers = [Reader(weight_NK, rounding(SCHEMES["W4A16"])) for weight_NK in weights(16)]
     statistics = statistics_of(inputs_with_outliers())
+    readers = [Reader(weight_NK, statistics.hessian_KK, rounding(SCHEMES["W4A16"])) for weight_NK in weights(16)]
     if search == "awq":
         found = search_scale(readers, statistics, group_size=128, powers_of_two=True)
     else:
@@ -127,7 +132,9 @@ def test_powers_of_two_on_request(search: str) -> None:
 
 def test_smoothquant_is_the_papers_formula() -> None:
     input_TK, several = inputs_with_outliers(), weights(24, 40)
-    found = smooth_scale([Reader(weight_NK, rounding(SCHEMES["W8A8"])) for weight_NK in several], statistics_of(input_TK), strength=0.5)
+    statistics = statistics_of(input_TK)
+    readers = [Reader(weight_NK, statistics.hessian_KK, rounding(SCHEMES["W8A8"])) for weight_NK in several]
+    found = smooth_scale(readers, statistics, strength=0.5)
     expected_K = (input_TK.abs().amax(0) / torch.cat(several).abs().amax(0)).sqrt()
     ratio_K = found.scale_K / expected_K
     torch.testing.assert_close(ratio_K, ratio_K[0].expand(256), rtol=1e-4, atol=0)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import streamquant
 from streamquant.calibrate import layers
 from streamquant.calibrate.gptq import Solution
+from streamquant.calibrate.statistics import Statistics
 from streamquant.checkpoint.journal import Journal
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.stream import Progress
@@ -212,7 +213,7 @@ def test_hidden_states_in_a_file_change_no_byte(tmp_path: Path, monkeypatch: pyt
         convert(WIKI_LLAMA, tmp_path / memory, method="gptq", max_memory=memory, samples=80, sequence_length=256)
     assert in_file == [True, False]
     assert file_bytes(tmp_path / "16MiB") == file_bytes(tmp_path / "256MiB")
-    states = layers.HiddenStates([(2, 5, 3), (1, 4, 3)], max_bytes=10, file=tmp_path / "states")
+    states = layers.HiddenStates([(2, 5, 3), (1, 4, 3)], dtype=torch.float32, max_bytes=10, file=tmp_path / "states")
     assert states.in_file
     assert list(tmp_path.glob("states")) == []
     states.put(1, torch.arange(12.0).view(1, 4, 3))
@@ -240,16 +241,32 @@ def experts(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_every_expert_is_calibrated_with_every_token(experts: Path, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize("few_tokens", [0, 10**6, 384])
+def test_experts_are_calibrated_with_their_tokens_or_if_those_are_few_with_all(
+    experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, few_tokens: int
+) -> None:
+    monkeypatch.setattr(layers, "FEW_TOKENS", few_tokens)
     report = convert(experts, tmp_path / "out", method=method, group_size=16)
     assert report.calibration is not None
     of_experts = [record for record in report.calibration.records if ".experts." in record.name and not record.is_pair]
     assert len(of_experts) == 3 * 4 * 2
-    assert all(record.tokens == 12 * 64 and not record.fallback for record in of_experts)
-    routed = [record.routed_tokens for record in of_experts]
-    assert None not in routed
-    assert sum(r for r in routed if r is not None) == 12 * 64 * 2 * 3 * 2  # two experts a token, three weights each, two layers
+    assert [record.name for record in of_experts if record.fallback] == []
+    routed = [(record.tokens, record.routed_tokens or 0) for record in of_experts]
+    assert sum(to_expert for _, to_expert in routed) == 12 * 64 * 2 * 3 * 2  # two experts a token, three weights each, two layers
+    assert all(tokens == (12 * 64 if to_expert < few_tokens else to_expert) for tokens, to_expert in routed)
+    assert len({tokens == 12 * 64 for tokens, _ in routed}) == (2 if few_tokens == 384 else 1)
     assert streamquant.verify(tmp_path / "out", against=experts).problems == []
+
+
+def test_hessians_of_experts_that_would_be_too_large_are_shared(experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "MAX_EXPERT_BYTES", 4 * (4 * 64**2 + 4 * 48**2) - 1)
+    made = []
+    make = Statistics.of_nothing
+    monkeypatch.setattr(Statistics, "of_nothing", lambda *arguments: made.append(arguments) or make(*arguments))
+    report = convert(experts, tmp_path / "out", method="gptq", group_size=16)
+    assert report.calibration is not None
+    assert all(record.tokens == 12 * 64 for record in report.calibration.records)
+    assert len(made) <= 2 * (2 + 2 + 4)  # of a layer: q, k and v; o; the router; gate and up of all experts; down of each
 
 
 # --- what cannot be --------------------------------------------------------------------------------------------------

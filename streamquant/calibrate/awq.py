@@ -31,6 +31,7 @@ class Reader(NamedTuple):
     """A weight that reads the input."""
 
     weight_NK: Tensor  # float32
+    hessian_KK: Tensor  # of what it is given: of an expert only some tokens
     round: Round
 
 
@@ -55,12 +56,12 @@ def search_scale(readers: Sequence[Reader], statistics: Statistics, *, group_siz
     """
     mean_K = statistics.mean_K
     weight_K = _relative_magnitude(readers, group_size)
-    best = Scaling(torch.ones_like(mean_K), *[_error(readers, statistics, torch.ones_like(mean_K))] * 2)
+    best = Scaling(torch.ones_like(mean_K), *[_error(readers, torch.ones_like(mean_K))] * 2)
     for step in range(GRID):
         ratio = step / GRID
         for scale_K in (mean_K**ratio / (weight_K ** (1 - ratio) + TINY), mean_K**ratio):
             centred_K = _centred(scale_K, powers_of_two=powers_of_two)
-            error = _error(readers, statistics, centred_K)
+            error = _error(readers, centred_K)
             if error < best.error_after:
                 best = best._replace(scale_K=centred_K, error_after=error)
     return best
@@ -71,13 +72,13 @@ def smooth_scale(readers: Sequence[Reader], statistics: Statistics, *, strength:
     weight_K = torch.stack([reader.weight_NK.abs().amax(0) for reader in readers]).amax(0)
     scale_K = statistics.amax_K.clamp(min=TINY) ** strength / weight_K.clamp(min=TINY) ** (1 - strength)
     scale_K = _centred(scale_K, powers_of_two=powers_of_two)
-    before, after = (_error(readers, statistics, each_K) for each_K in (torch.ones_like(scale_K), scale_K))
+    before, after = (_error(readers, each_K) for each_K in (torch.ones_like(scale_K), scale_K))
     return Scaling(scale_K, before, after)
 
 
 def _relative_magnitude(readers: Sequence[Reader], group_size: int) -> Tensor:
     total_K, num_rows = torch.zeros_like(readers[0].weight_NK[0]), 0
-    for weight_NK, _ in readers:
+    for weight_NK, _, _ in readers:
         group_NGk = weight_NK.abs().view(len(weight_NK), -1, group_size)
         relative_NGk = group_NGk / group_NGk.amax(2, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         total_K += relative_NGk.flatten(1).sum(0)
@@ -91,6 +92,8 @@ def _centred(scale_K: Tensor, *, powers_of_two: bool) -> Tensor:
     return scale_K.log2().round().exp2() if powers_of_two else scale_K
 
 
-def _error(readers: Sequence[Reader], statistics: Statistics, scale_K: Tensor) -> float:
-    errors = (reader.round(reader.weight_NK * scale_K) / scale_K - reader.weight_NK for reader in readers)
-    return sum(float(hessian_error(error_NK, statistics.hessian_KK).sum()) for error_NK in errors)
+def _error(readers: Sequence[Reader], scale_K: Tensor) -> float:
+    return sum(
+        float(hessian_error(reader.round(reader.weight_NK * scale_K) / scale_K - reader.weight_NK, reader.hessian_KK).sum())
+        for reader in readers
+    )

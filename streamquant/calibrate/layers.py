@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 4096  # of sequences that are run together
 STACK_ELEMENTS = 1 << 26  # of weights with one input that are solved together
+FEW_TOKENS = 128  # routed to an expert: too few for a Hessian
+MAX_EXPERT_BYTES = 2 << 30  # of the Hessians of all experts of a layer
 HOLDS = 1e-2  # of what a layer adds: how much it may differ if a scale is moved, by rounding
 SMOOTHING = 0.5  # of SmoothQuant
 SCALINGS = ("awq", "smoothquant")
@@ -226,7 +228,7 @@ class _Run:
         batches = list(_batches(self._calibration.samples))
         hidden_size = self._skeleton.hidden_size
         shapes = [(*batch.shape, hidden_size) for batch in batches]
-        states = HiddenStates(shapes, max_bytes=max_bytes, file=self._work / "hidden-states.part")
+        states = HiddenStates(shapes, dtype=self._skeleton.dtype, max_bytes=max_bytes, file=self._work / "hidden-states.part")
         calls = []
         for number, batch_BT in enumerate(batches):
             hidden_BTH, of_layers = self._skeleton.record(batch_BT.to(self._device))
@@ -252,11 +254,7 @@ class _Run:
     def _layer(self, index: int, names: Sequence[str], states: HiddenStates, calls: Sequence[Sequence[Call]]) -> list[Record]:
         """Quantize a layer."""
         layer = self._load(index, names, finished=False)
-        collector = Collector()
-        with Tap(layer.module, collector.add, every_expert=True) as tap:
-            for number, of_layers in enumerate(calls):
-                self._skeleton.run(layer.module, states.get(number, self._device), of_layers[index])
-        statistics = {name: collector.of(layer.linear(name)) for name in layer.weights}
+        statistics, tap = self._statistics(layer, states, calls)
         records = []
         if self._method.scaling:
             records += self._move_scales(layer, tap, statistics, states.get(0, self._device), calls[0][index])
@@ -266,6 +264,48 @@ class _Run:
         self._advance(layer, states, calls)
         self._skeleton.drop_layer(index)
         return records
+
+    def _statistics(self, layer: _Layer, states: HiddenStates, calls: Sequence[Sequence[Call]]) -> tuple[dict[str, Statistics | None], Tap]:
+        """What is known of the input of each matrix, and the tap that has seen it.
+
+        Of an expert that is the tokens that are routed to it; all tokens, if those are too few, or if the Hessians of so many inputs
+        would be too large: then what reads the same input shares one.
+        """
+        linears = {layer.linear(name): weight_NK.shape[1] for name, weight_NK in layer.weights.items()}
+        expert_bytes = sum(4 * num_columns**2 for linear, num_columns in linears.items() if linear.expert is not None)
+        every_expert = expert_bytes > MAX_EXPERT_BYTES
+        statistics, tap = self._tapped(layer, states, calls, every_expert=every_expert)
+        starved = (
+            {} if every_expert else {name: site for name, site in layer.sites.items() if name in layer.weights and _starves(tap, site)}
+        )
+        if starved:
+            LOGGER.info(
+                "layer %d: %d weights of experts get fewer than %d tokens: all are shown to them", layer.index, len(starved), FEW_TOKENS
+            )
+            everything, _ = self._tapped(layer, states, calls, every_expert=True, only={layer.linear(name) for name in starved})
+            statistics.update({name: everything[name] for name in starved})
+        return statistics, tap
+
+    def _tapped(
+        self,
+        layer: _Layer,
+        states: HiddenStates,
+        calls: Sequence[Sequence[Call]],
+        *,
+        every_expert: bool,
+        only: Set[Linear] | None = None,
+    ) -> tuple[dict[str, Statistics | None], Tap]:
+        collector = Collector(magnitudes=bool(self._method.scaling))
+
+        def add(linear: Linear, input_TK: Tensor) -> None:
+            if only is None or linear in only:
+                collector.add(linear, input_TK)
+
+        with Tap(layer.module, add, every_expert=every_expert) as tap:
+            for number, of_layers in enumerate(calls):
+                self._skeleton.run(layer.module, states.get(number, self._device), of_layers[layer.index])
+        collector.finish()
+        return {name: collector.of(layer.linear(name)) for name in layer.weights}, tap
 
     # --- scales -----------------------------------------------------------------------------------------------------
 
@@ -281,13 +321,17 @@ class _Run:
             if scaling is None or not scaling.helps:
                 records.append(Record(layer.index, pair.title, scheme=self._method.scaling, fallback=problem or "does not help"))
                 continue
-            seen = statistics[pair.readers[0]]
+            seen = _most(statistics[name] for name in pair.readers)
             assert seen is not None
             scale_K = move_scale(pair, scaling.scale_K, layer.weights, layer.vectors, offset=offset)
             scaled = {id(old): old.scaled(scale_K) for name in pair.readers if (old := statistics[name]) is not None}
             statistics.update({name: scaled[id(old)] for name in pair.readers if (old := statistics[name]) is not None})
             changed |= {pair.giver, *pair.readers} | ({pair.bias} & layer.vectors.keys())
-            size = _size([layer.weights[name] for name in pair.readers], scaled[id(seen)])
+            size = sum(
+                _size([layer.weights[name]], own)
+                for name in pair.readers
+                if (own := statistics[name]) is not None and _is_calibrated(self._outputs.address_of[name].step)
+            )
             records.append(
                 Record(
                     layer.index,
@@ -339,19 +383,20 @@ class _Run:
         return "" if difference <= HOLDS * size else "the layer is not the same with a scale moved"
 
     def _scaling(self, layer: _Layer, pair: Pair, statistics: Mapping[str, Statistics | None]) -> Scaling | None:
-        seen = statistics[pair.readers[0]]
+        seen = _most(statistics[name] for name in pair.readers)
         if seen is None:
             return None
         readers, group_size, is_exact = [], 1, pair.bias in layer.vectors
         for name in pair.readers:
-            step = self._outputs.address_of[name].step
-            if not _is_calibrated(step):
-                is_exact = True
+            step, own = self._outputs.address_of[name].step, statistics[name]
+            if own is None or not _is_calibrated(step):
                 continue
             weight_NK, unit = layer.weights[name], step.scheme.unit(layer.weights[name].shape[1])
             if unit[0] == 1:
                 weight_NK = weight_NK[measured_rows(len(weight_NK))]
-            readers.append(Reader(weight_NK, partial(_rounded, scheme=step.scheme, dtype=self._dtype(name), kernels=self._kernels)))
+            readers.append(
+                Reader(weight_NK, own.hessian_KK, partial(_rounded, scheme=step.scheme, dtype=self._dtype(name), kernels=self._kernels))
+            )
             group_size = unit[1]
         if not pair.is_norm:
             is_exact = is_exact or not _is_calibrated(self._outputs.address_of[pair.giver].step)
@@ -482,6 +527,16 @@ def _encode(address: Address) -> Encode:
 
 def _scheme(address: Address) -> Scheme:
     return _encode(address).scheme
+
+
+def _most(several: Iterable[Statistics | None]) -> Statistics | None:
+    """Those with the most tokens."""
+    return max((each for each in several if each is not None), key=lambda each: each.num_tokens, default=None)
+
+
+def _starves(tap: Tap, site: Site) -> bool:
+    routed = tap.routed_tokens(site)
+    return routed is not None and routed < FEW_TOKENS
 
 
 def _batches(samples: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -109,6 +109,7 @@ class Skeleton:
         self._model, self._device = model, device
         self._dtypes = _dtypes(model, dtype)
         self._forms = FORMS  # that what a layer returns may have; `record` finds out
+        self.dtype = dtype  # of hidden states
         self._known: list[Tensor] = []  # tensors in the calls of the previous batch
         _move_buffers(self._decoder, device)
         sites = _Places(model, shapes).find()

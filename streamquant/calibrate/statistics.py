@@ -19,11 +19,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+BLOCKS = 8  # of columns, of a Hessian of which half is computed
+MIN_BLOCK = 128
+
+
 @dataclass(eq=False, slots=True)
 class Statistics:
     """Of one input, over all tokens."""
 
-    hessian_KK: Tensor  # X^T X, float32
+    hessian_KK: Tensor  # X^T X, float32; while tokens are added, only what is right of the diagonal
     abs_sum_K: Tensor
     amax_K: Tensor
     num_tokens: int = 0
@@ -34,13 +38,27 @@ class Statistics:
         zeros_K = torch.zeros(num_columns, device=device)
         return cls(torch.zeros(num_columns, num_columns, device=device), zeros_K, zeros_K.clone())
 
-    def add(self, input_TK: Tensor) -> None:
-        """Take tokens into account."""
-        self.hessian_KK.addmm_(input_TK.T, input_TK)
-        magnitude_TK = input_TK.abs()
-        self.abs_sum_K += magnitude_TK.sum(0)
-        self.amax_K = torch.maximum(self.amax_K, magnitude_TK.amax(0))
+    def add(self, input_TK: Tensor, *, magnitudes: bool = True) -> None:
+        """Take tokens into account; without their `magnitudes` if nobody asks for them."""
+        input_TK = input_TK.float()
+        num_columns = input_TK.shape[1]
+        block = max(num_columns // BLOCKS, MIN_BLOCK)
+        for start in range(0, num_columns, block):
+            block_TB = input_TK[:, start : start + block]
+            self.hessian_KK[start : start + block, start:].addmm_(block_TB.T, input_TK[:, start:])
+        if magnitudes:
+            magnitude_TK = input_TK.abs()
+            self.abs_sum_K += magnitude_TK.sum(0)
+            self.amax_K = torch.maximum(self.amax_K, magnitude_TK.amax(0))
         self.num_tokens += len(input_TK)
+
+    def finish(self) -> None:
+        """All tokens were added: mirror the Hessian."""
+        num_columns = len(self.hessian_KK)
+        block = max(num_columns // BLOCKS, MIN_BLOCK)
+        for start in range(0, num_columns, block):
+            end = start + block
+            self.hessian_KK[end:, start:end] = self.hessian_KK[start:end, end:].T
 
     def scaled(self, scale_K: Tensor) -> Statistics:
         """Of the same input with its columns divided by a scale."""
@@ -57,7 +75,8 @@ class Statistics:
 class Collector:
     """Statistics of a layer by linear, collected while batches run through it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, magnitudes: bool = True) -> None:
+        self._magnitudes = magnitudes
         self._of: dict[Hashable, Statistics] = {}
         self._leaders: set[Hashable] = set()
         self._inputs = WeakTensorKeyDictionary()  # as long as they are alive, their statistics
@@ -73,8 +92,13 @@ class Collector:
             self._of[linear] = Statistics.of_nothing(input_TK.shape[1], input_TK.device)
             self._leaders.add(linear)
         if linear in self._leaders:
-            self._of[linear].add(input_TK)
+            self._of[linear].add(input_TK, magnitudes=self._magnitudes)
             self._inputs[input_TK] = self._of[linear]
+
+    def finish(self) -> None:
+        """Everything was given."""
+        for linear in self._leaders:
+            self._of[linear].finish()
 
     def of(self, linear: Hashable) -> Statistics | None:
         """What is known of the input of a linear; None if it was never given any."""
