@@ -49,7 +49,7 @@ def slow(tmp_path: Path) -> tuple[Path, list[str]]:
     """A source, and options with which it takes some seconds."""
     tensors = {f"model.layers.{index}.mlp.up_proj.weight": weight(512, 1024, seed=index) for index in range(12)}
     source = write_checkpoint(tmp_path / "slow", tensors, config={"num_hidden_layers": 12})
-    return source, ["--scheme", "W4A16", "--observer", "mse", "--threads", "1", "--max-shard-size", "300KB"]
+    return source, ["--scheme", "W4A16", "--observer", "mse", "--kernels", "torch", "--threads", "1", "--max-shard-size", "300KB"]
 
 
 def start_and_wait_for_a_shard(source: Path, out: Path, log: Path, *options: str) -> subprocess.Popen[str]:

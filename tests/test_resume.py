@@ -165,20 +165,21 @@ def test_kill_9_at_any_moment_and_again_and_again(source: Path, tmp_path: Path, 
 def test_sigterm_finishes_what_is_in_work_notes_it_and_exits_75(tmp_path: Path) -> None:
     tensors = {f"model.layers.{index}.mlp.up_proj.weight": weight(1024, 1024, seed=index) for index in range(24)}
     source, out = write_checkpoint(tmp_path / "source", tensors, config={"num_hidden_layers": 24}), tmp_path / "out"
-    command = [sys.executable, "-m", "streamquant", "convert", str(source), str(out), "--scheme", "W4A16", "--observer", "mse"]
-    command += ["--threads", "1", "--quiet"]
+    wish = {"scheme": "NVFP4A16", "observer": "nvfp4_expanded_mse", "kernels": "torch"}  # half a second for each weight
+    options = [word for name, value in wish.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-m", "streamquant", "convert", str(source), str(out), *options, "--threads", "1", "--quiet"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while not (out / WORK_FOLDER / "model.safetensors.part").exists() and process.poll() is None:
+    part = out / WORK_FOLDER / "model.safetensors.part"
+    while process.poll() is None and not (part.exists() and part.stat().st_blocks * 512 > 2 * 1024 * 1024 // 2):  # two weights
         time.sleep(0.01)
-    time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75
     assert said == "error: stopped by SIGTERM; the same command goes on where it was\n"
     assert 0 < len(steps_of(out)) < 24
     assert not list(out.glob("*.safetensors"))
-    subprocess.run([*command, "--quiet"], cwd=ROOT, check=True)
-    streamquant.convert(source, tmp_path / "whole", scheme="W4A16", observer="mse")
+    subprocess.run([word for word in command if word not in {"torch", "--kernels"}], cwd=ROOT, check=True)
+    streamquant.convert(source, tmp_path / "whole", scheme=wish["scheme"], observer=wish["observer"])
     assert file_bytes(out) == file_bytes(tmp_path / "whole")
 
 
