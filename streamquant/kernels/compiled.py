@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streamquant.kernels.instructions import ROUNDER, compiled, e2m1_code, e4m3_code, last_byte, magnitude, ordered, widened
-from streamquant.kernels.search import E2M1, E4M3, INTEGER, best_candidates, exact_sums
+from streamquant.kernels.search import best_candidates, exact_sums, kind_of
 from streamquant.schemes.codes import ByteIntegers, Codes, E2m1, E4m3, PackedIntegers
 from streamquant.schemes.kernels import TorchKernels
 from streamquant.schemes.packing import WORD_BITS
@@ -94,21 +94,10 @@ class _Search:
     def __init__(self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], candidates: Sequence[Scales]) -> None:
         self.num_units = _num_units(weight_NK, unit)
         self.scale_QU = torch.stack([scales.scale_RC.expand(self.num_units) for scales in candidates]).flatten(1).numpy()
-        self.zero_QU = np.zeros_like(self.scale_QU)
-        self.limits = np.float32(0), np.float32(0)
-        match codes:
-            case E4m3():
-                kind = E4M3
-            case E2m1():
-                kind = E2M1
-            case ByteIntegers() | PackedIntegers():
-                kind = INTEGER
-                self.limits = _limits(codes)
-                zeros = [scales.zero_RC.expand(self.num_units).flatten() for scales in candidates if scales.zero_RC is not None]
-                if zeros:
-                    self.zero_QU = torch.stack(zeros).numpy()
-            case _:
-                raise AssertionError(f"no kernel for {codes}")
+        zeros = [scales.zero_RC.expand(self.num_units).flatten() for scales in candidates if scales.zero_RC is not None]
+        self.zero_QU = torch.stack(zeros).numpy() if zeros else np.zeros_like(self.scale_QU)
+        kind, smallest, largest = kind_of(codes)
+        self.limits = smallest, largest
         self.weight = kind, _loadable(weight_NK), *unit, self.num_units[1]
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from streamquant.kernels.instructions import ROUNDER, contracted, nearest_e2m1, nearest_e4m3
-from streamquant.kernels.search import E2M1, E4M3, INTEGER
-from streamquant.schemes.codes import ByteIntegers, Codes, E2m1, E4m3, PackedIntegers
+from streamquant.kernels.search import E2M1, E4M3, kind_of
+from streamquant.schemes.codes import Codes
 
 LANES = 256  # rows at a time
 NO_ZERO = np.zeros((0, 0), dtype=np.float32)
@@ -24,16 +24,7 @@ def quantize_block(
     codes: Codes, weight_BN: Tensor, target_BN: Tensor, factor_BB: Tensor, scale_BN: Tensor, zero_BN: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`gptq.quantize_columns`, by as many threads as torch has."""
-    smallest = largest = np.float32(0)
-    match codes:
-        case E4m3():
-            kind = E4M3
-        case E2m1():
-            kind = E2M1
-        case ByteIntegers() | PackedIntegers():
-            kind, smallest, largest = INTEGER, np.float32(codes.smallest), np.float32(codes.largest)
-        case _:
-            raise AssertionError(f"no kernel for {codes}")
+    kind, smallest, largest = kind_of(codes)
     code_BN, error_BN = torch.empty_like(weight_BN), torch.empty_like(weight_BN)
     zero = NO_ZERO if zero_BN is None else zero_BN.numpy()
     arrays = weight_BN.numpy(), target_BN.numpy(), factor_BB.contiguous().numpy(), scale_BN.numpy(), zero, code_BN.numpy(), error_BN.numpy()

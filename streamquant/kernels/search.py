@@ -17,6 +17,7 @@ Legend: compiled.py; J jobs, which are pairs of a unit and a candidate.
 import numpy as np
 
 from streamquant.kernels.instructions import ROUNDER, compiled, contracted, fifth_root_guess, nearest_e2m1, nearest_e4m3, widened
+from streamquant.schemes.codes import ByteIntegers, Codes, E2m1, E4m3, PackedIntegers
 
 LANES = 64  # four vectors of float32 numbers; a loop over 16 LLVM would unroll before it thinks of vectors
 EXACT_LANES = 32  # of long lines, which must fit the cache
@@ -34,6 +35,18 @@ SUM_ERROR = POWER_ERROR + 2.4 / CLEAR * 1.001 + 1e-5  # of what is not clear; th
 ROUNDING = 2.0**-24  # of every addition
 LEAST_MEAN = np.float32(1e-12)  # far above what SMALLEST_SQUARE stands for
 LARGEST, SMALLEST = np.float32(1e30), np.float32(1e-30)  # no errors beyond can overflow or lose bits
+
+
+def kind_of(codes: Codes) -> tuple[int, np.float32, np.float32]:
+    """How the loops round to these codes, and the smallest and largest of integers."""
+    match codes:
+        case E4m3():
+            return E4M3, np.float32(0), np.float32(0)
+        case E2m1():
+            return E2M1, np.float32(0), np.float32(0)
+        case ByteIntegers() | PackedIntegers():
+            return INTEGER, np.float32(codes.smallest), np.float32(codes.largest)
+    raise AssertionError(f"no kernel for {codes}")
 
 
 @compiled
