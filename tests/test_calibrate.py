@@ -182,8 +182,9 @@ def test_a_layer_of_which_only_some_shards_were_noted_is_done_again(
     with pytest.raises(Killed):
         convert(WIKI_LLAMA, tmp_path / "out", **arguments)
     monkeypatch.setattr(Journal, "record_steps", record)
-    convert(WIKI_LLAMA, tmp_path / "out", **arguments)
-    convert(WIKI_LLAMA, tmp_path / "whole", **arguments)
+    resumed = convert(WIKI_LLAMA, tmp_path / "out", **arguments)
+    whole = convert(WIKI_LLAMA, tmp_path / "whole", **arguments)
+    assert resumed.calibration == whole.calibration
     assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "whole")
 
 
@@ -288,6 +289,12 @@ def test_too_many_weights_that_could_not_be_calibrated_fail_the_run(tmp_path: Pa
     monkeypatch.setattr(layers, "gptq", fallen)
     with pytest.raises(RequestError, match=r"7 of 42 weights could not be calibrated.*not positive definite; give more --samples"):
         convert(WIKI_LLAMA, tmp_path / "out", method="gptq")
+    with pytest.raises(RequestError, match="7 of 42"):  # nor does running it again get any further
+        convert(WIKI_LLAMA, tmp_path / "out", method="gptq")
+    with pytest.raises(RequestError, match="42 of 42"):
+        convert(WIKI_LLAMA, tmp_path / "last", method="gptq", max_fallback=41 / 42)
+    with pytest.raises(RequestError, match="42 of 42"):
+        convert(WIKI_LLAMA, tmp_path / "last", method="gptq", max_fallback=41 / 42)
     report = convert(WIKI_LLAMA, tmp_path / "other", method="gptq", max_fallback=1.0)
     assert report.calibration is not None
     assert len(report.calibration.fallbacks) == 42

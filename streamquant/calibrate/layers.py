@@ -30,6 +30,7 @@ from streamquant.calibrate.statistics import Collector, Statistics
 from streamquant.calibrate.tap import Linear, Tap
 from streamquant.checkpoint.header import TensorSpec
 from streamquant.checkpoint.source import Source
+from streamquant.checkpoint.writer import write_file
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.inputs import Weight, read_tensor
 from streamquant.lazy import torch
@@ -158,22 +159,23 @@ class _Run:
         self._calibration, self._method, self._max_fallback = calibration, method, max_fallback
         self._outputs, self._work, self._device, self._kernels, self._nonfinite = outputs, work, device, kernels, nonfinite
         self._on_progress = on_progress
-        self._records_file = work / "calibration.jsonl"
+        self._records_file = work / "calibration.json"
 
     def all_layers(self, max_hidden_bytes: int) -> list[Record]:
-        records = self._earlier_records()
         layers = [list(self._skeleton.sites(index)) for index in range(self._skeleton.num_layers)]
         finished = [all(self._outputs.is_finished(address) for address in self._steps_of(names)) for names in layers]
+        records = self._earlier_records(finished)
+        num_weights = sum(len(_encode(address).members) for names in layers for address in self._steps_of(names))
+        self._require_few_fallbacks(records, num_weights)
         if all(finished):
             return records
-        num_weights = sum(len(_encode(address).members) for names in layers for address in self._steps_of(names))
         states, calls = self._first_states(max_hidden_bytes)
         for index, names in enumerate(layers):
             started = time.monotonic()
             if finished[index]:
                 self._replay(index, names, states, calls)
                 continue
-            of_layer = self._layer(index, names, states, calls)
+            of_layer = self._layer(index, names, states, calls, records)
             records += of_layer
             self._require_few_fallbacks(records, num_weights)
             self._tell(index, of_layer, time.monotonic() - started)
@@ -251,7 +253,9 @@ class _Run:
         self._advance(layer, states, calls)
         self._skeleton.drop_layer(index)
 
-    def _layer(self, index: int, names: Sequence[str], states: HiddenStates, calls: Sequence[Sequence[Call]]) -> list[Record]:
+    def _layer(
+        self, index: int, names: Sequence[str], states: HiddenStates, calls: Sequence[Sequence[Call]], earlier: Sequence[Record]
+    ) -> list[Record]:
         """Quantize a layer."""
         layer = self._load(index, names, finished=False)
         statistics, tap = self._statistics(layer, states, calls)
@@ -259,8 +263,8 @@ class _Run:
         if self._method.scaling:
             records += self._move_scales(layer, tap, statistics, states.get(0, self._device), calls[0][index])
         records += self._solve(layer, names, statistics, tap)
+        self._note([*earlier, *records])
         self._outputs.commit(self._nonfinite or set())
-        self._note(records)
         self._advance(layer, states, calls)
         self._skeleton.drop_layer(index)
         return records
@@ -473,16 +477,16 @@ class _Run:
 
     # --- telling ----------------------------------------------------------------------------------------------------
 
-    def _earlier_records(self) -> list[Record]:
-        """What an earlier run of this job has noted of the layers that it finished."""
+    def _earlier_records(self, finished: Sequence[bool]) -> list[Record]:
+        """What earlier runs of this job have noted of the layers that they finished."""
         if not self._records_file.is_file():
             return []
-        lines = [line for line in self._records_file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        return [Record(**entry | {"rescaled": tuple(entry["rescaled"])}) for line in lines for entry in json.loads(line)]
+        entries = json.loads(self._records_file.read_bytes())
+        return [Record(**entry | {"rescaled": tuple(entry["rescaled"])}) for entry in entries if finished[entry["layer"]]]
 
     def _note(self, records: Sequence[Record]) -> None:
-        with self._records_file.open("a") as file:
-            file.write(json.dumps([asdict(record) for record in records]) + "\n")
+        """Before the journal says that a layer is finished, so that none of a finished layer is missing."""
+        write_file(self._records_file, json.dumps([asdict(record) for record in records]).encode(), work=self._work)
 
     def _require_few_fallbacks(self, records: Sequence[Record], num_weights: int) -> None:
         fallen = [record for record in records if record.fallback and not record.is_pair]
