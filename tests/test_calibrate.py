@@ -195,7 +195,7 @@ def test_a_kill_after_the_last_layer_calibrates_nothing_again(tmp_path: Path, mo
 
     with pytest.raises(Killed):
         convert(WIKI_LLAMA, tmp_path / "out", method="gptq", on_progress=stop)
-    monkeypatch.setattr(layers._Run, "_first_states", None)
+    monkeypatch.setattr(layers.LayerCalibration, "_first_states", None)
     assert convert(WIKI_LLAMA, tmp_path / "out", method="gptq").calibration is not None
     assert streamquant.verify(tmp_path / "out").problems == []
 

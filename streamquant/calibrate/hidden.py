@@ -31,9 +31,6 @@ class HiddenStates:
             part[: math.prod(shape)].view(shape) for part, shape in zip(torch.split(memory, sizes), shapes, strict=True)
         ]
 
-    def __len__(self) -> int:
-        return len(self._batches)
-
     def get(self, batch: int, device: torch.device) -> Tensor:
         """The hidden states of a batch."""
         return self._batches[batch].to(device)

@@ -110,60 +110,35 @@ class _Layer:
         return Linear(self.sites[name].parameter, self.sites[name].expert)
 
 
-def calibrate_layers(
-    plan: Plan,
-    weights: Mapping[str, Weight],
-    source: Source,
-    *,
-    skeleton: Skeleton,
-    calibration: Calibration,
-    method: Method,
-    max_fallback: float,
-    outputs: LayerOutputs,
-    work: Path,
-    max_hidden_bytes: int,
-    device: torch.device,
-    kernels: Kernels,
-    nonfinite: set[str] | None,
-    on_progress: Callable[[str], None] | None,
-) -> list[Record]:
-    """Finish the steps of all weights in decoder layers, and of the norms whose scales move.
-
-    `weights`: the matrices of the checkpoint by name. `nonfinite`: takes the names of weights with NaN and infinities, which count as
-    zeros; None if they are an error. Raises RequestError if more than `max_fallback` of the weights are left to plain rounding.
-    """
-    run = _Run(plan, weights, source, skeleton, calibration, method, max_fallback, outputs, work, device, kernels, nonfinite, on_progress)
-    return run.all_layers(max_hidden_bytes)
-
-
-class _Run:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCalibration:
     """What layers share."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        weights: Mapping[str, Weight],
-        source: Source,
-        skeleton: Skeleton,
-        calibration: Calibration,
-        method: Method,
-        max_fallback: float,
-        outputs: LayerOutputs,
-        work: Path,
-        device: torch.device,
-        kernels: Kernels,
-        nonfinite: set[str] | None,
-        on_progress: Callable[[str], None] | None,
-    ):
-        self._plan, self._weights, self._source, self._skeleton = plan, weights, source, skeleton
-        self._calibration, self._method, self._max_fallback = calibration, method, max_fallback
-        self._outputs, self._work, self._device, self._kernels, self._nonfinite = outputs, work, device, kernels, nonfinite
-        self._on_progress = on_progress
-        self._records_file = work / "calibration.json"
+    plan: Plan
+    weights: Mapping[str, Weight]  # what the checkpoint has as matrices, by name
+    source: Source
+    skeleton: Skeleton
+    calibration: Calibration
+    method: Method
+    max_fallback: float  # the part of the weights that may be left to plain rounding
+    outputs: LayerOutputs
+    work: Path
+    device: torch.device
+    kernels: Kernels
+    nonfinite: set[str] | None  # takes names of weights with NaN and infinities, which count as zeros; None if they are an error
+    on_progress: Callable[[str], None] | None
 
-    def all_layers(self, max_hidden_bytes: int) -> list[Record]:
-        layers = [list(self._skeleton.sites(index)) for index in range(self._skeleton.num_layers)]
-        finished = [all(self._outputs.is_finished(address) for address in self._steps_of(names)) for names in layers]
+    @property
+    def _records_file(self) -> Path:
+        return self.work / "calibration.json"
+
+    def run(self, max_hidden_bytes: int) -> list[Record]:
+        """Finish the steps of all weights in decoder layers, and of the norms whose scales move.
+
+        Raises RequestError if more than `max_fallback` of the weights are left to plain rounding.
+        """
+        layers = [list(self.skeleton.sites(index)) for index in range(self.skeleton.num_layers)]
+        finished = [all(self.outputs.is_finished(address) for address in self._steps_of(names)) for names in layers]
         records = self._earlier_records(finished)
         num_weights = sum(len(_encode(address).members) for names in layers for address in self._steps_of(names))
         self._require_few_fallbacks(records, num_weights)
@@ -179,70 +154,70 @@ class _Run:
             records += of_layer
             self._require_few_fallbacks(records, num_weights)
             self._tell(index, of_layer, time.monotonic() - started)
-            if self._on_progress is not None:
-                self._on_progress(names[-1])
+            if self.on_progress is not None:
+                self.on_progress(names[-1])
         return records
 
     # --- what a layer is made of ------------------------------------------------------------------------------------
 
     def _steps_of(self, names: Sequence[str]) -> list[Address]:
         """The steps of a layer that quantize its weights."""
-        addresses = dict.fromkeys(self._outputs.address_of[name] for name in names if self._is_matrix(name))
+        addresses = dict.fromkeys(self.outputs.address_of[name] for name in names if self._is_matrix(name))
         return [address for address in addresses if _is_calibrated(address.step)]
 
     def _read(self, name: str, *, finished: bool = False) -> Tensor:
         """A tensor of the checkpoint: float32 if it is a matrix; with `finished` as the output has it."""
-        address = self._outputs.address_of[name]
+        address = self.outputs.address_of[name]
         step = address.step
-        if finished and self._outputs.is_finished(address):
+        if finished and self.outputs.is_finished(address):
             if isinstance(step, Copy):
-                return self._outputs.read(address, step.output)
+                return self.outputs.read(address, step.output)
             member = next(member for member in step.members if member.weight.name == name)
-            return self._outputs.read_member(address, member)
-        if name not in self._weights:
-            spec = self._plan.checkpoint.tensors[name]
-            return read_tensor(self._source, spec).view(spec.shape)
-        weight = self._weights[name]
-        weight_NK = weight.decode(weight.read(self._source, 0, weight.shape[0])).float()
+            return self.outputs.read_member(address, member)
+        if name not in self.weights:
+            spec = self.plan.checkpoint.tensors[name]
+            return read_tensor(self.source, spec).view(spec.shape)
+        weight = self.weights[name]
+        weight_NK = weight.decode(weight.read(self.source, 0, weight.shape[0])).float()
         if bool(weight_NK.isfinite().all()):
             return weight_NK
-        if self._nonfinite is None:
+        if self.nonfinite is None:
             raise CheckpointError(f"{name} holds NaN or infinite weights; --allow-nonfinite stores them as zeros")
-        self._nonfinite.add(name)
+        self.nonfinite.add(name)
         return weight_NK.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
     def _load(self, index: int, names: Sequence[str], *, finished: bool) -> _Layer:
-        layer = _Layer(index, self._skeleton.layer(index), self._skeleton.sites(index))
+        layer = _Layer(index, self.skeleton.layer(index), self.skeleton.sites(index))
         for name in names:
-            tensor = self._read(name, finished=finished).to(self._device)
+            tensor = self._read(name, finished=finished).to(self.device)
             (layer.weights if self._is_matrix(name) else layer.vectors)[name] = tensor
-        self._skeleton.load_layer(index, layer.read)
+        self.skeleton.load_layer(index, layer.read)
         return layer
 
     def _is_matrix(self, name: str) -> bool:
-        return name in self._weights and not self._weights[name].is_vector
+        return name in self.weights and not self.weights[name].is_vector
 
     # --- running ----------------------------------------------------------------------------------------------------
 
     def _first_states(self, max_bytes: int) -> tuple[HiddenStates, list[list[Call]]]:
         """What enters the first layer, and the calls of all layers, for each batch of samples of one length."""
-        self._skeleton.load_outer(self._read)
-        batches = list(_batches(self._calibration.samples))
-        hidden_size = self._skeleton.hidden_size
+        self.skeleton.load_outer(self._read)
+        batches = list(_batches(self.calibration.samples))
+        hidden_size = self.skeleton.hidden_size
         shapes = [(*batch.shape, hidden_size) for batch in batches]
-        states = HiddenStates(shapes, dtype=self._skeleton.dtype, max_bytes=max_bytes, file=self._work / "hidden-states.part")
+        states = HiddenStates(shapes, dtype=self.skeleton.dtype, max_bytes=max_bytes, file=self.work / "hidden-states.part")
         calls = []
         for number, batch_BT in enumerate(batches):
-            hidden_BTH, of_layers = self._skeleton.record(batch_BT.to(self._device))
+            hidden_BTH, of_layers = self.skeleton.record(batch_BT.to(self.device))
             states.put(number, hidden_BTH)
             calls.append(of_layers)
-        self._skeleton.drop_outer()
+        self.skeleton.drop_outer()
         return states, calls
 
     def _advance(self, layer: _Layer, states: HiddenStates, calls: Sequence[Sequence[Call]]) -> None:
         """Run all batches through a layer, and put what it gives in the place of what it got."""
         for number, of_layers in enumerate(calls):
-            hidden_BTH = self._skeleton.run(layer.module, states.get(number, self._device), of_layers[layer.index])
+            hidden_BTH = self.skeleton.run(layer.module, states.get(number, self.device), of_layers[layer.index])
             if not bool(hidden_BTH.isfinite().all()):
                 raise CheckpointError(f"layer {layer.index} gives numbers that are not finite for the calibration data")
             states.put(number, hidden_BTH)
@@ -251,7 +226,7 @@ class _Run:
         """Run a layer that an earlier run has finished."""
         layer = self._load(index, names, finished=True)
         self._advance(layer, states, calls)
-        self._skeleton.drop_layer(index)
+        self.skeleton.drop_layer(index)
 
     def _layer(
         self, index: int, names: Sequence[str], states: HiddenStates, calls: Sequence[Sequence[Call]], earlier: Sequence[Record]
@@ -260,13 +235,13 @@ class _Run:
         layer = self._load(index, names, finished=False)
         statistics, tap = self._statistics(layer, states, calls)
         records = []
-        if self._method.scaling:
-            records += self._move_scales(layer, tap, statistics, states.get(0, self._device), calls[0][index])
+        if self.method.scaling:
+            records += self._move_scales(layer, tap, statistics, states.get(0, self.device), calls[0][index])
         records += self._solve(layer, names, statistics, tap)
         self._note([*earlier, *records])
-        self._outputs.commit(self._nonfinite or set())
+        self.outputs.commit(self.nonfinite or set())
         self._advance(layer, states, calls)
-        self._skeleton.drop_layer(index)
+        self.skeleton.drop_layer(index)
         return records
 
     def _statistics(self, layer: _Layer, states: HiddenStates, calls: Sequence[Sequence[Call]]) -> tuple[dict[str, Statistics | None], Tap]:
@@ -299,7 +274,7 @@ class _Run:
         every_expert: bool,
         only: Set[Linear] | None = None,
     ) -> tuple[dict[str, Statistics | None], Tap]:
-        collector = Collector(magnitudes=bool(self._method.scaling))
+        collector = Collector(magnitudes=bool(self.method.scaling))
 
         def add(linear: Linear, input_TK: Tensor) -> None:
             if only is None or linear in only:
@@ -307,7 +282,7 @@ class _Run:
 
         with Tap(layer.module, add, every_expert=every_expert) as tap:
             for number, of_layers in enumerate(calls):
-                self._skeleton.run(layer.module, states.get(number, self._device), of_layers[layer.index])
+                self.skeleton.run(layer.module, states.get(number, self.device), of_layers[layer.index])
         collector.finish()
         return {name: collector.of(layer.linear(name)) for name in layer.weights}, tap
 
@@ -317,42 +292,42 @@ class _Run:
         self, layer: _Layer, tap: Tap, statistics: dict[str, Statistics | None], hidden_BTH: Tensor, call: Call
     ) -> list[Record]:
         """Move scales between what gives an input and what reads it, wherever that helps; write what is then no longer a copy."""
-        expected_BTH = self._skeleton.run(layer.module, hidden_BTH, call)
+        expected_BTH = self.skeleton.run(layer.module, hidden_BTH, call)
         records, changed = [], set[str]()
         for pair, offset in self._pairs(layer, tap):
             problem = self._problem(pair) or self._does_not_hold(layer, pair, offset, hidden_BTH, call, expected_BTH)
             scaling = None if problem else self._scaling(layer, pair, statistics)
             if scaling is None or not scaling.helps:
-                records.append(Record(layer.index, pair.title, scheme=self._method.scaling, fallback=problem or "does not help"))
+                records.append(Record(layer.index, pair.title, scheme=self.method.scaling, fallback=problem or "does not help"))
                 continue
             seen = _most(statistics[name] for name in pair.readers)
             assert seen is not None
             scale_K = move_scale(pair, scaling.scale_K, layer.weights, layer.vectors, offset=offset)
             scaled = {id(old): old.scaled(scale_K) for name in pair.readers if (old := statistics[name]) is not None}
             statistics.update({name: scaled[id(old)] for name in pair.readers if (old := statistics[name]) is not None})
-            changed |= {pair.giver, *pair.readers} | ({pair.bias} & layer.vectors.keys())
+            changed |= pair.tensors & layer.sites.keys()
+            self._put(layer, pair)
             size = sum(
                 _size([layer.weights[name]], own)
                 for name in pair.readers
-                if (own := statistics[name]) is not None and _is_calibrated(self._outputs.address_of[name].step)
+                if (own := statistics[name]) is not None and _is_calibrated(self.outputs.address_of[name].step)
             )
             records.append(
                 Record(
                     layer.index,
                     pair.title,
-                    scheme=self._method.scaling,
+                    scheme=self.method.scaling,
                     tokens=seen.num_tokens,
                     error_before=scaling.error_before / size,
                     error_after=scaling.error_after / size,
-                    rescaled=(pair.giver, *({pair.bias} & layer.vectors.keys()), *pair.readers),
+                    rescaled=tuple(sorted(pair.tensors & layer.sites.keys())),
                 )
             )
         for name in changed:
-            address = self._outputs.address_of[name]
+            address = self.outputs.address_of[name]
             if isinstance(address.step, Copy):
-                tensor = layer.weights[name].to(TORCH_DTYPES[self._weights[name].dtype]) if name in layer.weights else layer.vectors[name]
-                self._outputs.write(address, [(address.step.output, tensor)])
-        self._skeleton.load_layer(layer.index, layer.read)
+                tensor = layer.weights[name].to(TORCH_DTYPES[self.weights[name].dtype]) if name in layer.weights else layer.vectors[name]
+                self.outputs.write(address, [(address.step.output, tensor)])
         return records
 
     def _pairs(self, layer: _Layer, tap: Tap) -> Iterator[tuple[Pair, float]]:
@@ -367,8 +342,7 @@ class _Run:
 
     def _problem(self, pair: Pair) -> str:
         """Why the scale of a pair cannot be moved, as far as the plan tells; or ""."""
-        names = [name for name in (pair.giver, pair.bias, *pair.readers) if name in self._outputs.address_of]
-        steps = {name: self._outputs.address_of[name].step for name in names}
+        steps = {name: self.outputs.address_of[name].step for name in pair.tensors & self.outputs.address_of.keys()}
         if not any(_is_calibrated(steps[name]) for name in pair.readers):
             return "nothing that reads it is quantized"
         fixed = next((name for name, step in steps.items() if not (_is_calibrated(step) or isinstance(step, Copy))), None)
@@ -377,14 +351,19 @@ class _Run:
     def _does_not_hold(self, layer: _Layer, pair: Pair, offset: float, hidden_BTH: Tensor, call: Call, expected_BTH: Tensor) -> str:
         """Why not: with a scale moved the layer gives something else. Or ""."""
         moved = replace(layer, weights=dict(layer.weights), vectors=dict(layer.vectors))
-        scale_K = torch.ones(layer.weights[pair.readers[0]].shape[1], device=self._device)
+        scale_K = torch.ones(layer.weights[pair.readers[0]].shape[1], device=self.device)
         scale_K[::2], scale_K[1::3] = 2.0, 0.5
         move_scale(pair, scale_K, moved.weights, moved.vectors, offset=offset)
-        self._skeleton.load_layer(layer.index, moved.read)
-        moved_BTH = self._skeleton.run(layer.module, hidden_BTH, call)
-        self._skeleton.load_layer(layer.index, layer.read)
+        self._put(moved, pair)
+        moved_BTH = self.skeleton.run(layer.module, hidden_BTH, call)
+        self._put(layer, pair)
         difference, size = (moved_BTH - expected_BTH).norm(), (expected_BTH - hidden_BTH).norm()  # without what goes past the layer
         return "" if difference <= HOLDS * size else "the layer is not the same with a scale moved"
+
+    def _put(self, layer: _Layer, pair: Pair) -> None:
+        """Put the tensors of a pair into the module."""
+        for name in pair.tensors & layer.sites.keys():
+            self.skeleton.set_weight(layer.module, layer.sites[name], layer.read(name))
 
     def _scaling(self, layer: _Layer, pair: Pair, statistics: Mapping[str, Statistics | None]) -> Scaling | None:
         seen = _most(statistics[name] for name in pair.readers)
@@ -392,19 +371,19 @@ class _Run:
             return None
         readers, group_size, is_exact = [], 1, pair.bias in layer.vectors
         for name in pair.readers:
-            step, own = self._outputs.address_of[name].step, statistics[name]
+            step, own = self.outputs.address_of[name].step, statistics[name]
             if own is None or not _is_calibrated(step):
                 continue
             weight_NK, unit = layer.weights[name], step.scheme.unit(layer.weights[name].shape[1])
             if unit[0] == 1:
                 weight_NK = weight_NK[measured_rows(len(weight_NK))]
             readers.append(
-                Reader(weight_NK, own.hessian_KK, partial(_rounded, scheme=step.scheme, dtype=self._dtype(name), kernels=self._kernels))
+                Reader(weight_NK, own.hessian_KK, partial(_rounded, scheme=step.scheme, dtype=self._dtype(name), kernels=self.kernels))
             )
             group_size = unit[1]
         if not pair.is_norm:
-            is_exact = is_exact or not _is_calibrated(self._outputs.address_of[pair.giver].step)
-        if self._method.scaling == "smoothquant":
+            is_exact = is_exact or not _is_calibrated(self.outputs.address_of[pair.giver].step)
+        if self.method.scaling == "smoothquant":
             return smooth_scale(readers, seen, strength=SMOOTHING, powers_of_two=is_exact)
         return search_scale(readers, seen, group_size=group_size, powers_of_two=is_exact)
 
@@ -422,7 +401,7 @@ class _Run:
                 unit = scheme.unit(job.weight_NK.shape[1])
                 value_NK = dequantize(solved.code_NK, solved.scales.scale_RC, zero_RC=solved.scales.zero_RC, unit=unit)
                 layer.weights[job.member.weight.name] = value_NK
-                self._skeleton.set_weight(layer.module, site, value_NK)
+                self.skeleton.set_weight(layer.module, site, value_NK)
                 tokens = 0 if job.statistics is None else job.statistics.num_tokens
                 routed = tap.routed_tokens(site)
                 records.append(
@@ -439,7 +418,7 @@ class _Run:
                     )
                 )
         for address, tensors in stored.items():
-            self._outputs.write(address, tensors)
+            self.outputs.write(address, tensors)
         return records
 
     def _jobs(self, address: Address, layer: _Layer, statistics: Mapping[str, Statistics | None]) -> list[_Job]:
@@ -449,7 +428,7 @@ class _Run:
         if step.scheme.shares_amax:
             amax = max(float(weight_NK.abs().amax()) for _, weight_NK in members)
             dtype = self._dtype(step.members[0].weight.name)
-            shared = step.scheme.share(torch.tensor([amax], device=self._device), dtype)
+            shared = step.scheme.share(torch.tensor([amax], device=self.device), dtype)
         return [_Job(address, member, weight_NK, statistics[member.weight.name], shared) for member, weight_NK in members]
 
     def _solution(self, group: Sequence[_Job]) -> tuple[Solution, list[tuple[float, float]]]:
@@ -457,13 +436,13 @@ class _Run:
         scheme, dtype, seen = _scheme(group[0].address), self._dtype(group[0].member.weight.name), group[0].statistics
         weight_NK = torch.cat([job.weight_NK for job in group]) if len(group) > 1 else group[0].weight_NK
         if seen is None:
-            solution = round_to_nearest(weight_NK, scheme, shared=group[0].shared, dtype=dtype, kernels=self._kernels)
+            solution = round_to_nearest(weight_NK, scheme, shared=group[0].shared, dtype=dtype, kernels=self.kernels)
             return solution._replace(fallback="no token reached it"), [(0.0, 0.0)] * len(group)
-        if self._method.solver == "gptq":
-            solution = gptq(weight_NK, seen.hessian_KK, scheme, shared=group[0].shared, dtype=dtype, kernels=self._kernels)
+        if self.method.solver == "gptq":
+            solution = gptq(weight_NK, seen.hessian_KK, scheme, shared=group[0].shared, dtype=dtype, kernels=self.kernels)
         else:
             solution = round_to_nearest(
-                weight_NK, scheme, hessian_KK=seen.hessian_KK, shared=group[0].shared, dtype=dtype, kernels=self._kernels
+                weight_NK, scheme, hessian_KK=seen.hessian_KK, shared=group[0].shared, dtype=dtype, kernels=self.kernels
             )
         rows = [len(job.weight_NK) for job in group]
         before_N, after_N = torch.split(solution.error_before_N, rows), torch.split(solution.error_after_N, rows)
@@ -473,7 +452,7 @@ class _Run:
         ]
 
     def _dtype(self, name: str) -> torch.dtype:
-        return TORCH_DTYPES[self._weights[name].dtype]
+        return TORCH_DTYPES[self.weights[name].dtype]
 
     # --- telling ----------------------------------------------------------------------------------------------------
 
@@ -486,11 +465,11 @@ class _Run:
 
     def _note(self, records: Sequence[Record]) -> None:
         """Before the journal says that a layer is finished, so that none of a finished layer is missing."""
-        write_file(self._records_file, json.dumps([asdict(record) for record in records]).encode(), work=self._work)
+        write_file(self._records_file, json.dumps([asdict(record) for record in records]).encode(), work=self.work)
 
     def _require_few_fallbacks(self, records: Sequence[Record], num_weights: int) -> None:
         fallen = [record for record in records if record.fallback and not record.is_pair]
-        if len(fallen) > self._max_fallback * num_weights:
+        if len(fallen) > self.max_fallback * num_weights:
             raise RequestError(
                 f"{len(fallen)} of {num_weights} weights could not be calibrated, the last being {fallen[-1].name}: {fallen[-1].fallback}; "
                 "give more --samples, or a higher --max-fallback"
@@ -504,7 +483,7 @@ class _Run:
         LOGGER.info(
             "layer %d of %d: %d weights, error of outputs %.3g -> %.3g, %.1f s",
             index + 1,
-            self._skeleton.num_layers,
+            self.skeleton.num_layers,
             len(solved),
             before,
             after,

@@ -38,6 +38,11 @@ class Pair:
         return self.giver.removesuffix("weight") + "bias"
 
     @property
+    def tensors(self) -> set[str]:
+        """All that a scale is moved between, with the bias, which may not be there."""
+        return {self.giver, self.bias, *self.readers}
+
+    @property
     def title(self) -> str:
         """For people."""
         more = f" and {len(self.readers) - 1} more" if len(self.readers) > 1 else ""

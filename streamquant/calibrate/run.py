@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from streamquant.calibrate.data import Calibration, load_calibration, load_tokenizer
 from streamquant.calibrate.layer_outputs import LayerOutputs
-from streamquant.calibrate.layers import Record, calibrate_layers
+from streamquant.calibrate.layers import LayerCalibration, Record
 from streamquant.calibrate.method import CalibrationWish
 from streamquant.calibrate.skeleton import build_skeleton, shapes_of
 from streamquant.checkpoint.journal import Journal
@@ -106,20 +106,20 @@ def calibrate(
     nonfinite: set[str] | None = set() if allow_nonfinite else None
     biases = [bias for item in inventory.items if isinstance(item, Stack) for bias in item.biases]
     with torch.inference_mode(), LayerOutputs(plan, work=work, journal=journal) as outputs:
-        records: Sequence[Record] = calibrate_layers(
-            plan,
-            {weight.name: weight for weight in (*inventory.weights, *biases)},
-            source,
+        layers = LayerCalibration(
+            plan=plan,
+            weights={weight.name: weight for weight in (*inventory.weights, *biases)},
+            source=source,
             skeleton=build_skeleton(folder, shapes_of(inventory), device=device),
             calibration=calibration,
             method=wish.method,
             max_fallback=wish.max_fallback,
             outputs=outputs,
             work=work,
-            max_hidden_bytes=max_hidden_bytes,
             device=device,
             kernels=kernels,
             nonfinite=nonfinite,
             on_progress=on_progress,
         )
+        records = layers.run(max_hidden_bytes)
     return CalibrationReport(wish.name, calibration.title, len(calibration.samples), calibration.num_tokens, tuple(records))
