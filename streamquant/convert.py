@@ -31,7 +31,7 @@ from streamquant.recipe import Recipe, make_recipe
 from streamquant.schemes.kernels import TORCH, Kernels
 from streamquant.schemes.plain import Plain
 from streamquant.sizes import format_bytes, parse_size
-from streamquant.stream import OnProgress, Progress, spool_bytes, stream_shards
+from streamquant.stream import OnProgress, Progress, bytes_to_do, spool_bytes, stream_shards
 from streamquant.trace import Trace
 from streamquant.verify import verify
 from streamquant.version import __version__
@@ -270,7 +270,7 @@ def convert(
                 require_space(todo, out=out, work=work, temporary_bytes=spool_bytes(todo, memory))
                 done_bytes = 0
                 if calibration_wish is not None:
-                    total_bytes = _bytes_to_do(todo, journal)
+                    total_bytes = bytes_to_do(todo, journal)
                     calibrated = calibrate(
                         the_plan,
                         inventory,
@@ -286,7 +286,7 @@ def convert(
                         allow_nonfinite=allow_nonfinite,
                         on_progress=on_progress and (lambda name: on_progress(_progress(todo, journal, total_bytes, name))),
                     )
-                    done_bytes = total_bytes - _bytes_to_do(todo, journal)
+                    done_bytes = total_bytes - bytes_to_do(todo, journal)
                 with Trace(trace) as timeline:
                     stream_shards(
                         todo,
@@ -326,13 +326,8 @@ def convert(
     )
 
 
-def _bytes_to_do(shards: Sequence[Shard], journal: Journal) -> int:
-    """Bytes of the source that steps which are not finished read."""
-    return sum(step.source_bytes for shard in shards for index, step in enumerate(shard.steps) if index not in journal.steps[shard.file])
-
-
 def _progress(todo: Sequence[Shard], journal: Journal, total_bytes: int, name: str) -> Progress:
-    return Progress(total_bytes - _bytes_to_do(todo, journal), total_bytes, name)
+    return Progress(total_bytes - bytes_to_do(todo, journal), total_bytes, name)
 
 
 def _shifted(on_progress: OnProgress, done_bytes: int, progress: Progress) -> None:

@@ -79,7 +79,7 @@ def stream_shards(
     threads, one call at a time.
     """
     trace = trace or Trace()
-    total = sum(step.source_bytes for shard in shards for index, step in enumerate(shard.steps) if index not in journal.steps[shard.file])
+    total = bytes_to_do(shards, journal)
     with (
         _Recorder(journal, out, trace) as recorder,
         _Engine(source, recorder, work, memory, devices, kernels, allow_nonfinite, total, on_progress, trace) as engine,
@@ -92,6 +92,11 @@ def stream_shards(
             engine.stream(shard, writer)
             recorder.put(_ShardInWork(shard, writer))
         recorder.wait()
+
+
+def bytes_to_do(shards: Sequence[Shard], journal: Journal) -> int:
+    """Bytes of the source that steps which are not finished read."""
+    return sum(step.source_bytes for shard in shards for index, step in enumerate(shard.steps) if index not in journal.steps[shard.file])
 
 
 def spool_bytes(shards: Sequence[Shard], memory: Memory) -> int:
