@@ -15,7 +15,7 @@ import click
 
 import streamquant
 from streamquant import report
-from streamquant.calibrate.method import METHODS
+from streamquant.calibrate.method import COMPUTE_DTYPES, METHODS
 from streamquant.checkpoint.url import without_secrets
 from streamquant.convert import plan_memory, resolve_devices
 from streamquant.engines import check, find_engine
@@ -28,8 +28,8 @@ from streamquant.schemes.observers import OBSERVERS
 
 GC_THRESHOLD = 1_000_000
 NOT_PLANNED = (
-    "method", "calibration_data", "samples", "sequence_length", "packed", "seed", "max_fallback", "allow_nonfinite", "cache", "restart",
-    "trace",
+    "method", "calibration_data", "samples", "sequence_length", "packed", "seed", "max_fallback", "compute_dtype", "allow_nonfinite",
+    "cache", "restart", "trace",
 )  # fmt: skip
 EXIT_BUG = 1  # as Python exits after a traceback
 EXIT_IO = 4
@@ -97,6 +97,7 @@ def _calibration_options(command: Command) -> Command:
         click.option("--packed/--per-sample", default=None, help="Cut joined texts into sequences, or take each text as one."),
         click.option("--seed", type=int, metavar="N", help="Of the choice of samples; 0 if not given."),
         click.option("--max-fallback", type=float, metavar="PART", help="Of the weights, left to plain rounding; 0.05 if not given."),
+        click.option("--compute-dtype", type=click.Choice(COMPUTE_DTYPES), help="In which layers are run; auto: what is faster."),
     ]
     for option in reversed(options):
         command = option(command)

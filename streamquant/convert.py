@@ -161,6 +161,7 @@ def convert(
     packed: bool | None = None,
     seed: int | None = None,
     max_fallback: float | None = None,
+    compute_dtype: str | None = None,
     device: str = "auto",
     max_memory: str | int | None = None,
     max_gpu_memory: str | int | None = None,
@@ -185,12 +186,13 @@ def convert(
     expert_layout: "rows", "columns" or "interleaved": how experts are stacked in 3-D tensors (inputs/experts.py), if the model
     type does not tell.
     max_shard_size: bytes, or a size such as "5GB", of a file of the output.
-    method: "rtn" rounds; "gptq", "awq", "smoothquant", "awq+gptq" and "smoothquant+gptq" calibrate, one decoder layer at a time
-        (extra `calibrate`).
+    method: "rtn" rounds, with data only for schemes that store activation scales; "gptq", "awq", "smoothquant", "awq+gptq" and
+        "smoothquant+gptq" calibrate, one decoder layer at a time (extra `calibrate`).
     calibration_data: text, JSONL or JSON file, folder of such files, or data set on the Hub; None: a text that comes with the package.
     samples, sequence_length: how many sequences, of at most how many tokens; 512 of 2048. packed: texts are joined and cut into sequences
         of one length, else each is one. seed: of the choice of samples.
     max_fallback: the part of all weights that may be left to plain rounding, 0.05, before calibration counts as failed.
+    compute_dtype: of the products by which layers are run: "float32", "bfloat16", or "auto" for what the device is faster with.
     device: "auto" takes a GPU if there is one, else the CPU; also "cpu", "cuda", "cuda:1", or several GPUs: "cuda:0,cuda:1". The output
         is the same.
     max_memory: working memory on top of the interpreter; None: 256MiB, with a GPU 2GiB, of which what is copied is page-locked.
@@ -226,12 +228,14 @@ def convert(
     )
     calibration_wish = make_calibration_wish(
         method,
+        wish.schemes,
         data=None if calibration_data is None else os.fspath(calibration_data),
         samples=samples,
         sequence_length=sequence_length,
         packed=packed,
         seed=seed,
         max_fallback=max_fallback,
+        compute_dtype=compute_dtype,
     )
     calibrated: CalibrationReport | None = None
     with ExitStack() as stack:

@@ -29,7 +29,7 @@ from streamquant.recipe import Recipe
 from streamquant.schemes import PLAIN, Scheme
 from streamquant.schemes.fp8 import Fp8
 from streamquant.schemes.plain import Plain
-from streamquant.stored import stored_bytes, stored_tensors
+from streamquant.stored import measured_tensors, stored_bytes, stored_tensors
 
 NOT_STORED = PLAIN["BF16"]  # the scheme of what is copied
 
@@ -254,6 +254,7 @@ class _Draft(NamedTuple):
         stored, module = stored_tensors(self.scheme, weight.shape, weight.dtype), weight.module
         if weight.is_vector:
             return [(weight.name, dtype, shape[:1]) for _, dtype, shape in stored]
+        stored += measured_tensors(self.scheme, weight.dtype)
         return [(f"{module}.{suffix}", dtype, shape) for suffix, dtype, shape in stored]
 
     def num_bytes(self) -> int:
@@ -337,6 +338,8 @@ def _stored(members: tuple[Weight, ...], scheme: Scheme) -> list[_Draft]:
     """Weights that a scheme stores together; those that have its codes and scales already keep them."""
     sources = {member.format.scheme for member in members}
     exact = scheme.exact_for(*sources) if len(sources) == 1 else scheme
+    if scheme.needs_data:
+        return [_Draft(None, members, exact)]
     kept = [member.format.keeps_codes_of(scheme) for member in members]
     if scheme.shares_amax:
         if kept[0] is not None and all(other == kept[0] for other in kept):

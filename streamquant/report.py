@@ -13,7 +13,7 @@ from streamquant.inspect import Inspection
 from streamquant.memory import Memory
 from streamquant.names import fold
 from streamquant.plan import Copy, Encode, Plan, Step
-from streamquant.schemes import NEED_ACTIVATION_SCALES, PLAIN, SCHEMES, Scheme
+from streamquant.schemes import PLAIN, SCHEMES, WITHOUT_DATA, Scheme
 from streamquant.schemes.plain import Plain
 from streamquant.sizes import format_bytes
 from streamquant.verify import Verification
@@ -141,10 +141,9 @@ def _calibration_lines(calibration: CalibrationReport) -> list[str]:
     weights = [record for record in calibration.records if not record.is_pair]
     pairs = [record for record in calibration.records if record.is_pair]
     before, after = (sum(errors) / max(len(errors), 1) for errors in ([r.error_before for r in weights], [r.error_after for r in weights]))
-    lines = [
-        f"calibrated  {len(weights)} weights by {calibration.method} with {calibration.tokens} tokens of {calibration.data}",
-        f"error       of their outputs, relative, on the mean {before:.3g} if rounded, {after:.3g} as written",
-    ]
+    lines = [f"calibrated  {len(weights)} weights by {calibration.method} with {calibration.tokens} tokens of {calibration.data}"]
+    if before:
+        lines.append(f"error       of their outputs, relative, on the mean {before:.3g} if rounded, {after:.3g} as written")
     if pairs:
         helped = [record for record in pairs if not record.fallback]
         before, after = sum(record.error_before for record in helped), sum(record.error_after for record in helped)
@@ -217,14 +216,15 @@ def scheme_lines() -> list[str]:
         inputs = "as they are"
         if scheme.activations is not None:
             inputs = f"{scheme.activations.type}{scheme.activations.num_bits} per {scheme.activations.strategy}"
+            inputs += ", with data" if scheme.needs_data else ""
         settings = ", ".join(sorted(setting.replace("_", " ") for setting in scheme.settings)) or "-"
         rows.append((name, f"{bits_per_weight(scheme):.3f}", inputs, scheme.format, loads_in(scheme), settings))
     lines = table(("scheme", "bits/weight", "activations", "stored as", "loads in", "settings"), rows)
     lines += [
         "",
         *(
-            f"{name} stores activation scales, which take calibration data; without: {instead}"
-            for name, instead in NEED_ACTIVATION_SCALES.items()
+            f"{name} stores activation scales, which take calibration data; without data: {instead}"
+            for name, instead in WITHOUT_DATA.items()
         ),
     ]
     return [
@@ -239,6 +239,8 @@ def bits_per_weight(scheme: Scheme) -> float:
     """Bits stored for a weight of a large bfloat16 matrix: its code, and its part of the scale and the zero point of its unit."""
     code_bits: int = scheme.weights_config["num_bits"]
     scale_bits = 8 if scheme.format in BYTE_SCALES else 16
+    if scheme.weights_config["strategy"] == "tensor":
+        return code_bits
     zero_bits = 0 if scheme.symmetric else code_bits
     return code_bits + (scale_bits + zero_bits) / math.prod(scheme.unit(MANY_COLUMNS))
 

@@ -52,6 +52,13 @@ def stored_tensors(scheme: Scheme, shape: tuple[int, int], dtype: str) -> tuple[
     )
 
 
+@lru_cache(maxsize=4096)
+def measured_tensors(scheme: Scheme, dtype: str) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+    """The same of what it stores of the inputs of a weight, which only a calibration can know."""
+    scales = scheme.input_scales(torch.ones(1), TORCH_DTYPES[dtype]) if scheme.needs_data else {}
+    return tuple([(suffix, dtype_name(tensor), tuple(tensor.shape)) for suffix, tensor in scales.items()])
+
+
 def dtype_name(tensor: Tensor) -> str:
     """The name that the dtype of a tensor has in a file."""
     return NAMES_IN_FILES[str(tensor.dtype)]
@@ -59,5 +66,6 @@ def dtype_name(tensor: Tensor) -> str:
 
 @lru_cache(maxsize=4096)
 def stored_bytes(scheme: Scheme, shape: tuple[int, int], dtype: str) -> int:
-    """Bytes of what `scheme` stores for a weight."""
-    return sum(tensor_bytes(stored_dtype, stored_shape) for _, stored_dtype, stored_shape in stored_tensors(scheme, shape, dtype))
+    """Bytes of what `scheme` stores for a weight and its inputs."""
+    tensors = (*stored_tensors(scheme, shape, dtype), *measured_tensors(scheme, dtype))
+    return sum(tensor_bytes(stored_dtype, stored_shape) for _, stored_dtype, stored_shape in tensors)

@@ -28,7 +28,7 @@ from streamquant.names import ModelFacts, fused_groups, role_of
 from streamquant.quantization_config import quantized_modules
 from streamquant.read_ahead import Windows
 from streamquant.schemes import Scheme
-from streamquant.stored import DENSE_DTYPES, stored_tensors
+from streamquant.stored import DENSE_DTYPES, measured_tensors, stored_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,6 +108,8 @@ def verify(
         for weight in stored.values():
             problems += _scale_problems(weight, source)
         problems += _fused_problems(stored, scheme_of, source)
+        measured = _measured(stored, scheme_of)
+        problems += _measured_problems(checkpoint, measured, source)
         checksum_of = _checksums(source) if checksums else {}
         problems += _checksum_problems(source, checksum_of)
         report = Verification(str(out), problems, len(checkpoint.tensors), len(stored), num_checksums=len(checksum_of))
@@ -117,7 +119,7 @@ def verify(
             originals = find_weights(read_checkpoint(original), original, expert_layout=expert_layout)
             together = _plain_stacks(inventory) & _plain_stacks(originals)
             # What looks like a scale that no output needs may be a parameter of the source.
-            others = {name: _column(checkpoint.tensors[name]) for name in inventory.dropped}
+            others = {name: _column(checkpoint.tensors[name]) for name in inventory.dropped if name not in measured}
             ours = _Side(source, _apart(inventory, together) | others)
             theirs = _Side(Windows(original) if original.num_connections else original, _apart(originals, together))
             report = replace(report, problems=[*problems, *originals.problems])
@@ -240,6 +242,33 @@ def _scale_problems(weight: Weight, source: Reader) -> list[str]:
         if num_bad:
             problems.append(f"{spec.name} holds {num_bad} scales that are not finite and positive")
     return problems
+
+
+def _measured(stored: Mapping[str, Weight], scheme_of: Callable[[str], Scheme | None]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The scales of activations that there should be: name -> dtype and shape."""
+    found = {}
+    for module, weight in stored.items():
+        scheme = scheme_of(module)
+        for suffix, dtype, shape in () if scheme is None else measured_tensors(scheme, weight.dtype):
+            found[f"{module}.{suffix}"] = dtype, shape
+    return found
+
+
+def _measured_problems(checkpoint: Checkpoint, measured: Mapping[str, tuple[str, tuple[int, ...]]], source: Reader) -> Iterator[str]:
+    scale_of: dict[str, float] = {}  # by module
+    for name, expected in measured.items():
+        spec = checkpoint.tensors.get(name)
+        found = None if spec is None else (spec.dtype, spec.shape)
+        if spec is None or found != expected:
+            yield f"{name} is {_said(found)}, should be {_said(expected)}"
+        elif _num_bad_scales(source, spec, 0):
+            yield f"{name} is not finite and positive"
+        else:
+            scale_of[name.rpartition(".")[0]] = float(read_tensor(source, spec))
+    for modules in fused_groups((module, 0) for module in scale_of):
+        scales = {scale_of[module] for module in modules}
+        if len(scales) > 1:
+            yield f"{', '.join(modules)} are loaded as one weight and differ in the scale of their inputs: {sorted(scales)}"
 
 
 def _num_bad_scales(source: Reader, spec: TensorSpec, start: int) -> int:

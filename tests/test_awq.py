@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from streamquant.calibrate.awq import GRID, Reader, search_scale, smooth_scale
+from streamquant.calibrate.awq import GRID, Reader, Steps, search_scale, smooth_scale
 from streamquant.calibrate.layers import _rounded
 from streamquant.calibrate.pairs import Pair, linear_pairs, move_scale
 from streamquant.calibrate.statistics import Collector, Statistics
@@ -77,7 +77,7 @@ def test_the_scale_is_the_best_of_the_grid_by_the_outputs_themselves(scheme: Sch
     """By the formulas of the paper, in float64, on the inputs and not on their Hessian."""
     input_TK, several = inputs_with_outliers(), weights(48, 16)
     group_size, statistics = scheme.unit(256)[1], statistics_of(input_TK)
-    readers = [Reader(weight_NK, statistics.hessian_KK, rounding(scheme)) for weight_NK in several]
+    readers = [Reader(weight_NK, statistics, rounding(scheme)) for weight_NK in several]
     found = search_scale(readers, statistics, group_size=group_size)
     x_TK = input_TK.double()
     mean_K = x_TK.abs().mean(0)
@@ -101,7 +101,7 @@ def test_the_scale_is_the_best_of_the_grid_by_the_outputs_themselves(scheme: Sch
 def test_a_scale_helps_inputs_with_outliers(preset: str) -> None:
     scheme = SCHEMES[preset]
     statistics = statistics_of(inputs_with_outliers())
-    readers = [Reader(weight_NK, statistics.hessian_KK, rounding(scheme)) for weight_NK in weights(64)]
+    readers = [Reader(weight_NK, statistics, rounding(scheme)) for weight_NK in weights(64)]
     found = search_scale(readers, statistics, group_size=scheme.unit(256)[1])
     assert found.helps
     assert found.error_after < 0.8 * found.error_before
@@ -113,7 +113,7 @@ def test_a_scale_that_does_not_help_is_left_at_1() -> None:
     [weight_NK] = weights(8)
     coded_NK = rounding(scheme)(weight_NK)
     statistics = statistics_of(inputs_with_outliers())
-    found = search_scale([Reader(coded_NK, statistics.hessian_KK, lambda each_NK: each_NK)], statistics, group_size=128)
+    found = search_scale([Reader(coded_NK, statistics, lambda each_NK: each_NK)], statistics, group_size=128)
     assert not found.helps
     assert torch.equal(found.scale_K, torch.ones(256))
 
@@ -121,7 +121,7 @@ def test_a_scale_that_does_not_help_is_left_at_1() -> None:
 @pytest.mark.parametrize("search", ["awq", "smoothquant"])
 def test_powers_of_two_on_request(search: str) -> None:
     statistics = statistics_of(inputs_with_outliers())
-    readers = [Reader(weight_NK, statistics.hessian_KK, rounding(SCHEMES["W4A16"])) for weight_NK in weights(16)]
+    readers = [Reader(weight_NK, statistics, rounding(SCHEMES["W4A16"])) for weight_NK in weights(16)]
     if search == "awq":
         found = search_scale(readers, statistics, group_size=128, powers_of_two=True)
     else:
@@ -133,11 +133,26 @@ def test_powers_of_two_on_request(search: str) -> None:
 def test_smoothquant_is_the_papers_formula() -> None:
     input_TK, several = inputs_with_outliers(), weights(24, 40)
     statistics = statistics_of(input_TK)
-    readers = [Reader(weight_NK, statistics.hessian_KK, rounding(SCHEMES["W8A8"])) for weight_NK in several]
+    readers = [Reader(weight_NK, statistics, rounding(SCHEMES["W8A8"])) for weight_NK in several]
     found = smooth_scale(readers, statistics, strength=0.5)
     expected_K = (input_TK.abs().amax(0) / torch.cat(several).abs().amax(0)).sqrt()
     ratio_K = found.scale_K / expected_K
     torch.testing.assert_close(ratio_K, ratio_K[0].expand(256), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("largest_code", "group_size"), [(127.0, 256), (127.0, 64), (7.0, 32)])
+def test_inputs_that_are_rounded_too_add_to_the_error(largest_code: float, group_size: int) -> None:
+    """As much as rounding them does."""
+    input_TK, [weight_NK] = inputs_with_outliers(), weights(48)
+    reader = Reader(weight_NK, statistics_of(input_TK), lambda each_NK: each_NK, Steps(largest_code, group_size))
+    for strength in (0.0, 0.5):
+        found = smooth_scale([reader], reader.statistics, strength=strength)
+        given_TGk = (input_TK.double() / found.scale_K).unflatten(1, (-1, group_size))
+        step_Gk = given_TGk.abs().amax((0, 2))[:, None] / largest_code
+        lost_TK = ((given_TGk / step_Gk).round() * step_Gk - given_TGk).flatten(1)
+        expected = float((lost_TK @ (weight_NK.double() * found.scale_K).T).square().sum())
+        assert found.error_after == pytest.approx(expected, rel=0.2)
+    assert found.error_after < 0.5 * found.error_before
 
 
 # --- moving a scale --------------------------------------------------------------------------------------------------

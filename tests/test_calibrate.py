@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import streamquant
 from streamquant.calibrate import layers
 from streamquant.calibrate.gptq import Solution
+from streamquant.calibrate.run import find_compute_dtype
 from streamquant.calibrate.statistics import Statistics
 from streamquant.checkpoint.journal import Journal
 from streamquant.errors import CheckpointError, RequestError
@@ -270,7 +271,7 @@ def test_hessians_of_experts_that_would_be_too_large_are_shared(experts: Path, t
     monkeypatch.setattr(layers, "MAX_EXPERT_BYTES", 4 * (4 * 64**2 + 4 * 48**2) - 1)
     made = []
     make = Statistics.of_nothing
-    monkeypatch.setattr(Statistics, "of_nothing", lambda *arguments: made.append(arguments) or make(*arguments))
+    monkeypatch.setattr(Statistics, "of_nothing", lambda *arguments, **options: made.append(arguments) or make(*arguments, **options))
     report = convert(experts, tmp_path / "out", method="gptq", group_size=16)
     assert report.calibration is not None
     assert all(record.tokens == 12 * 64 for record in report.calibration.records)
@@ -348,3 +349,25 @@ def test_a_dry_run_with_a_method_plans(tmp_path: Path) -> None:
     result = run("convert", WIKI_LLAMA, tmp_path / "out", "--scheme", "W4A16", "--method", "gptq", "--dry-run")
     assert result.returncode == 0
     assert "W4A16" in result.stdout
+
+
+def test_layers_run_in_the_dtype_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which changes some codes, and what is known of all of them by little."""
+    errors = {}
+    for dtype in ("float32", "bfloat16", "auto"):
+        report = convert(WIKI_LLAMA, tmp_path / dtype, method="gptq", compute_dtype=dtype).calibration
+        assert report is not None
+        errors[dtype] = torch.tensor([record.error_after for record in report.records])
+    same = {dtype: file_bytes(tmp_path / dtype)["model.safetensors"] for dtype in errors}
+    assert same["float32"] != same["bfloat16"]
+    assert same["auto"] in (same["float32"], same["bfloat16"])
+    torch.testing.assert_close(errors["float32"], errors["bfloat16"], rtol=0.1, atol=0)
+    with pytest.raises(RequestError, match="another job"):
+        convert(WIKI_LLAMA, tmp_path / "auto", method="gptq", compute_dtype="float32")
+    with pytest.raises(RequestError, match="unknown compute dtype 'int8'; known are auto, float32, bfloat16"):
+        convert(WIKI_LLAMA, tmp_path / "none", method="gptq", compute_dtype="int8")
+    for capabilities, dtype in (({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capabilities=capabilities: capabilities, raising=False)
+        assert find_compute_dtype("auto", torch.device("cpu")) == dtype
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in older versions
+    assert find_compute_dtype("auto", torch.device("cpu")) == torch.float32

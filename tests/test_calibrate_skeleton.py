@@ -218,6 +218,21 @@ def test_it_is_so_in_bfloat16_too(title, make):
 
 
 @pytest.mark.parametrize("title", MODELS)
+def test_products_in_bfloat16_change_little(title, make):
+    skeleton, read = open_skeleton(make(title).folder)
+    skeleton.load_outer(read)
+    hidden, calls = skeleton.record(random_ids())
+    layer = skeleton.load_layer(1, read)
+    exact = skeleton.run(layer, hidden, calls[1])
+    seen: dict[Linear, Tensor] = {}
+    with torch.autocast("cpu", torch.bfloat16), Tap(layer, seen.__setitem__, every_expert=True):
+        rounded = skeleton.run(layer, hidden, calls[1])
+    assert seen
+    assert not torch.equal(exact, rounded)
+    assert (rounded - exact).norm() < 0.1 * (exact - hidden).norm()
+
+
+@pytest.mark.parametrize("title", MODELS)
 def test_every_tensor_of_a_layer_has_a_site_and_putting_it_there_again_changes_nothing(title, make):
     made = make(title)
     skeleton, read = open_skeleton(made.folder)

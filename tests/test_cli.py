@@ -98,7 +98,7 @@ def test_quiet_is_quiet(tmp_path: Path) -> None:
     ("arguments", "exit_code", "said"),
     [
         (["convert", WIKI_LLAMA, "{tmp}/out"], 2, "nothing to do: give --scheme"),
-        (["convert", WIKI_LLAMA, "{tmp}/out", "--scheme", "W4A17"], 2, "unknown scheme 'W4A17'; known are FP8_DYNAMIC"),
+        (["convert", WIKI_LLAMA, "{tmp}/out", "--scheme", "W4A17"], 2, "unknown scheme 'W4A17'; known are FP8, FP8_DYNAMIC"),
         (["convert", WIKI_LLAMA, "{tmp}/out", "--scheme", "experts=W4A16,W8A16"], 2, "role 'experts' matches no weight"),
         (["plan", WIKI_LLAMA, "--scheme", "mlp=W4A16", "--ignore", "mlp"], 2, "nothing in"),
         (["convert", WIKI_LLAMA, "{tmp}/out", "--scheme", "FP8"], 2, "take calibration data; without data use FP8_DYNAMIC"),

@@ -148,8 +148,6 @@ def test_a_faulty_recipe_file_is_refused_with_the_place(tmp_path: Path, text: st
         ({}, "nothing to do"),
         ({"recipe": "missing.toml"}, "cannot read recipe missing.toml"),
         ({"group_size": 64}, "--group-size needs --scheme"),
-        ({"scheme": "FP8"}, "without data use FP8_DYNAMIC"),
-        ({"scheme": "NVFP4"}, "without data use NVFP4A16"),
         ({"scheme": "FP8_DYNAMIC", "group_size": 64}, "FP8_DYNAMIC has no group size"),
         ({"scheme": "W4AFP8", "group_size": 64}, "W4AFP8 has no group size"),
         ({"scheme": "W4A16", "observer": "best"}, "unknown observer"),

@@ -56,7 +56,7 @@ class Solution(NamedTuple):
     In large weights errors are measured for evenly spaced rows, and those in between are taken to have the same. NaN without a Hessian.
     """
 
-    code_NK: Tensor  # values of codes, float32: `scheme.pack(scheme.codes.round(code_NK), scales)` is what is stored
+    code_NK: Tensor  # values of codes, float32: `scheme.pack(scheme.codes.of_value(code_NK), scales)` is what is stored
     scales: Scales
     error_before_N: Tensor  # of plain rounding with the same scales
     error_after_N: Tensor

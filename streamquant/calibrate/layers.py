@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -18,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
-from streamquant.calibrate.awq import Reader, Scaling, search_scale, smooth_scale
+from streamquant.calibrate.awq import Reader, Scaling, Steps, search_scale, smooth_scale
 from streamquant.calibrate.data import Calibration
 from streamquant.calibrate.gptq import Solution, gptq, hessian_error, measured_rows, round_to_nearest
 from streamquant.calibrate.hidden import HiddenStates
@@ -38,13 +39,16 @@ from streamquant.plan import Copy, Encode, Member, Plan, Step
 from streamquant.schemes import Scheme
 from streamquant.schemes.kernels import Kernels
 from streamquant.schemes.plain import Plain
+from streamquant.schemes.rounding import FP4_MAX
+from streamquant.schemes.scheme import Activations
 from streamquant.schemes.units import Scales, dequantize
 from streamquant.stored import TORCH_DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-BATCH_TOKENS = 4096  # of sequences that are run together
+BATCH_TOKENS = 4096  # of sequences that are run together, at most
+BATCH_ELEMENTS = 1 << 24  # of the widest that a layer makes of them, if that is more than one sequence
 STACK_ELEMENTS = 1 << 26  # of weights with one input that are solved together
 FEW_TOKENS = 128  # routed to an expert: too few for a Hessian
 MAX_EXPERT_BYTES = 2 << 30  # of the Hessians of all experts of a layer
@@ -84,6 +88,7 @@ class _Job(NamedTuple):
     weight_NK: Tensor
     statistics: Statistics | None
     shared: Tensor | None
+    input_amax: float | None  # of the inputs of all members of its step, if it stores that
 
 
 class _Solved(NamedTuple):
@@ -125,6 +130,7 @@ class LayerCalibration:
     work: Path
     device: torch.device
     kernels: Kernels
+    compute_dtype: torch.dtype  # of products while layers are run; all else of them is float32
     nonfinite: set[str] | None  # takes names of weights with NaN and infinities, which count as zeros; None if they are an error
     on_progress: Callable[[str], None] | None
 
@@ -138,6 +144,7 @@ class LayerCalibration:
         Raises RequestError if more than `max_fallback` of the weights are left to plain rounding.
         """
         layers = [list(self.skeleton.sites(index)) for index in range(self.skeleton.num_layers)]
+        self._require_inputs({name for names in layers for name in names})
         finished = [all(self.outputs.is_finished(address) for address in self._steps_of(names)) for names in layers]
         records = self._earlier_records(finished)
         num_weights = sum(len(_encode(address).members) for names in layers for address in self._steps_of(names))
@@ -157,6 +164,16 @@ class LayerCalibration:
             if self.on_progress is not None:
                 self.on_progress(names[-1])
         return records
+
+    def _require_inputs(self, in_layers: Set[str]) -> None:
+        for step in self.plan.steps:
+            if isinstance(step, Encode) and step.scheme.needs_data:
+                outside = next((member for member in step.members if member.weight.name not in in_layers), None)
+                if outside is not None:
+                    raise RequestError(
+                        f"{outside.weight.name} is in no decoder layer, where {step.scheme.preset} could measure its inputs; "
+                        f"--ignore {outside.module}, or give it another scheme"
+                    )
 
     # --- what a layer is made of ------------------------------------------------------------------------------------
 
@@ -202,7 +219,8 @@ class LayerCalibration:
     def _first_states(self, max_bytes: int) -> tuple[HiddenStates, list[list[Call]]]:
         """What enters the first layer, and the calls of all layers, for each batch of samples of one length."""
         self.skeleton.load_outer(self._read)
-        batches = list(_batches(self.calibration.samples))
+        widest = max((max(self.weights[name].shape) for name in self.skeleton.sites(0) if self._is_matrix(name)), default=1)
+        batches = list(_batches(self.calibration.samples, max_tokens=min(BATCH_TOKENS, BATCH_ELEMENTS // widest)))
         hidden_size = self.skeleton.hidden_size
         shapes = [(*batch.shape, hidden_size) for batch in batches]
         states = HiddenStates(shapes, dtype=self.skeleton.dtype, max_bytes=max_bytes, file=self.work / "hidden-states.part")
@@ -216,11 +234,20 @@ class LayerCalibration:
 
     def _advance(self, layer: _Layer, states: HiddenStates, calls: Sequence[Sequence[Call]]) -> None:
         """Run all batches through a layer, and put what it gives in the place of what it got."""
-        for number, of_layers in enumerate(calls):
-            hidden_BTH = self.skeleton.run(layer.module, states.get(number, self.device), of_layers[layer.index])
+        for number, hidden_BTH in self._run(layer, states, calls):
             if not bool(hidden_BTH.isfinite().all()):
                 raise CheckpointError(f"layer {layer.index} gives numbers that are not finite for the calibration data")
             states.put(number, hidden_BTH)
+
+    def _run(self, layer: _Layer, states: HiddenStates, calls: Sequence[Sequence[Call]]) -> Iterator[tuple[int, Tensor]]:
+        """What a layer makes of each batch."""
+        in_compute_dtype = partial(
+            torch.autocast, self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32, cache_enabled=False
+        )
+        for number, of_layers in enumerate(calls):
+            with in_compute_dtype():
+                hidden_BTH = self.skeleton.run(layer.module, states.get(number, self.device), of_layers[layer.index])
+            yield number, hidden_BTH.float()
 
     def _replay(self, index: int, names: Sequence[str], states: HiddenStates, calls: Sequence[Sequence[Call]]) -> None:
         """Run a layer that an earlier run has finished."""
@@ -251,7 +278,8 @@ class LayerCalibration:
         would be too large: then what reads the same input shares one.
         """
         linears = {layer.linear(name): weight_NK.shape[1] for name, weight_NK in layer.weights.items()}
-        expert_bytes = sum(4 * num_columns**2 for linear, num_columns in linears.items() if linear.expert is not None)
+        sizes = [num_columns for linear, num_columns in linears.items() if linear.expert is not None and self.method.uses_hessians]
+        expert_bytes = sum(4 * num_columns**2 for num_columns in sizes)
         every_expert = expert_bytes > MAX_EXPERT_BYTES
         statistics, tap = self._tapped(layer, states, calls, every_expert=every_expert)
         starved = (
@@ -274,17 +302,22 @@ class LayerCalibration:
         every_expert: bool,
         only: Set[Linear] | None = None,
     ) -> tuple[dict[str, Statistics | None], Tap]:
-        collector = Collector(magnitudes=bool(self.method.scaling))
+        measures = any(self._needs_data(name) for name in layer.weights)
+        collector = Collector(hessians=self.method.uses_hessians, magnitudes=measures or bool(self.method.scaling))
 
         def add(linear: Linear, input_TK: Tensor) -> None:
             if only is None or linear in only:
                 collector.add(linear, input_TK)
 
         with Tap(layer.module, add, every_expert=every_expert) as tap:
-            for number, of_layers in enumerate(calls):
-                self.skeleton.run(layer.module, states.get(number, self.device), of_layers[layer.index])
+            for _ in self._run(layer, states, calls):
+                pass
         collector.finish()
         return {name: collector.of(layer.linear(name)) for name in layer.weights}, tap
+
+    def _needs_data(self, name: str) -> bool:
+        step = self.outputs.address_of[name].step
+        return isinstance(step, Encode) and step.scheme.needs_data
 
     # --- scales -----------------------------------------------------------------------------------------------------
 
@@ -377,9 +410,8 @@ class LayerCalibration:
             weight_NK, unit = layer.weights[name], step.scheme.unit(layer.weights[name].shape[1])
             if unit[0] == 1:
                 weight_NK = weight_NK[measured_rows(len(weight_NK))]
-            readers.append(
-                Reader(weight_NK, own.hessian_KK, partial(_rounded, scheme=step.scheme, dtype=self._dtype(name), kernels=self.kernels))
-            )
+            round_weight = partial(_rounded, scheme=step.scheme, dtype=self._dtype(name), kernels=self.kernels)
+            readers.append(Reader(weight_NK, own, round_weight, _steps(step.scheme.activations, weight_NK.shape[1])))
             group_size = unit[1]
         if not pair.is_norm:
             is_exact = is_exact or not _is_calibrated(self.outputs.address_of[pair.giver].step)
@@ -390,7 +422,9 @@ class LayerCalibration:
     # --- solving ----------------------------------------------------------------------------------------------------
 
     def _solve(self, layer: _Layer, names: Sequence[str], statistics: Mapping[str, Statistics | None], tap: Tap) -> list[Record]:
-        jobs = [job for address in self._steps_of(names) for job in self._jobs(address, layer, statistics)]
+        addresses = self._steps_of(names)
+        amax = self._input_amax(layer, statistics) if any(_scheme(address).needs_data for address in addresses) else {}
+        jobs = [job for address in addresses for job in self._jobs(address, layer, statistics, amax)]
         stored: defaultdict[Address, list[Any]] = defaultdict(list)
         records = []
         for group in _stacks(jobs):
@@ -421,7 +455,27 @@ class LayerCalibration:
             self.outputs.write(address, tensors)
         return records
 
-    def _jobs(self, address: Address, layer: _Layer, statistics: Mapping[str, Statistics | None]) -> list[_Job]:
+    def _input_amax(self, layer: _Layer, statistics: Mapping[str, Statistics | None]) -> dict[str, float]:
+        """The largest magnitude that each weight is multiplied with.
+
+        Of an expert that no token has reached it is the largest for the same weights of others, or else in the layer: a scale of 0 gives
+        infinities as soon as a token comes.
+        """
+        own = {name: 0.0 if seen is None else float(seen.amax_K.amax()) for name, seen in statistics.items()}
+        lost = next((name for name, amax in own.items() if not math.isfinite(amax)), None)
+        if lost is not None:
+            raise CheckpointError(f"{lost} is given numbers that are not finite for the calibration data")
+        largest: defaultdict[str, float] = defaultdict(float)
+        for name, amax in own.items():
+            for group in ("", layer.sites[name].parameter):
+                largest[group] = max(largest[group], amax)
+        if not largest[""]:
+            raise CheckpointError(f"layer {layer.index} is given nothing but zeros for the calibration data")
+        return {name: amax or largest[layer.sites[name].parameter] or largest[""] for name, amax in own.items()}
+
+    def _jobs(
+        self, address: Address, layer: _Layer, statistics: Mapping[str, Statistics | None], input_amax: Mapping[str, float]
+    ) -> list[_Job]:
         step = _encode(address)
         members = [(member, layer.weights[member.weight.name]) for member in step.members]
         shared = None
@@ -429,15 +483,16 @@ class LayerCalibration:
             amax = max(float(weight_NK.abs().amax()) for _, weight_NK in members)
             dtype = self._dtype(step.members[0].weight.name)
             shared = step.scheme.share(torch.tensor([amax], device=self.device), dtype)
-        return [_Job(address, member, weight_NK, statistics[member.weight.name], shared) for member, weight_NK in members]
+        inputs = max(input_amax[member.weight.name] for member, _ in members) if step.scheme.needs_data else None
+        return [_Job(address, member, weight_NK, statistics[member.weight.name], shared, inputs) for member, weight_NK in members]
 
     def _solution(self, group: Sequence[_Job]) -> tuple[Solution, list[tuple[float, float]]]:
         """Codes for weights with one input, stacked, and the errors of each before and after."""
         scheme, dtype, seen = _scheme(group[0].address), self._dtype(group[0].member.weight.name), group[0].statistics
         weight_NK = torch.cat([job.weight_NK for job in group]) if len(group) > 1 else group[0].weight_NK
-        if seen is None:
+        if seen is None or not self.method.uses_hessians:
             solution = round_to_nearest(weight_NK, scheme, shared=group[0].shared, dtype=dtype, kernels=self.kernels)
-            return solution._replace(fallback="no token reached it"), [(0.0, 0.0)] * len(group)
+            return solution._replace(fallback="" if seen else "no token reached it"), [(0.0, 0.0)] * len(group)
         if self.method.solver == "gptq":
             solution = gptq(weight_NK, seen.hessian_KK, scheme, shared=group[0].shared, dtype=dtype, kernels=self.kernels)
         else:
@@ -480,13 +535,13 @@ class LayerCalibration:
         before, after = (
             sum(values) / max(len(solved), 1) for values in ([r.error_before for r in solved], [r.error_after for r in solved])
         )
+        errors = f"error of outputs {before:.3g} -> {after:.3g}" if self.method.uses_hessians else "inputs measured"
         LOGGER.info(
-            "layer %d of %d: %d weights, error of outputs %.3g -> %.3g, %.1f s",
+            "layer %d of %d: %d weights, %s, %.1f s",
             index + 1,
             self.skeleton.num_layers,
             len(solved),
-            before,
-            after,
+            errors,
             seconds,
             extra={
                 "event": "layer",
@@ -522,16 +577,24 @@ def _starves(tap: Tap, site: Site) -> bool:
     return routed is not None and routed < FEW_TOKENS
 
 
-def _batches(samples: Sequence[Tensor]) -> Iterator[Tensor]:
+def _batches(samples: Sequence[Tensor], *, max_tokens: int) -> Iterator[Tensor]:
     """Samples of one length together, [B, T], in their order."""
     batch: list[Tensor] = []
     for sample in samples:
-        if batch and (len(sample) != len(batch[0]) or (len(batch) + 1) * len(sample) > BATCH_TOKENS):
+        if batch and (len(sample) != len(batch[0]) or (len(batch) + 1) * len(sample) > max_tokens):
             yield torch.stack(batch)
             batch = []
         batch.append(sample)
     if batch:
         yield torch.stack(batch)
+
+
+def _steps(activations: Activations | None, num_columns: int) -> Steps | None:
+    """How engines round inputs with one scheme."""
+    if activations is None or (activations.type, activations.num_bits) == ("float", 8):
+        return None
+    largest_code = FP4_MAX if activations.type == "float" else 2.0 ** (activations.num_bits - 1) - 1
+    return Steps(largest_code, activations.group_size or num_columns)
 
 
 def _rounded(weight_NK: Tensor, *, scheme: Scheme, dtype: torch.dtype, kernels: Kernels) -> Tensor:
@@ -576,8 +639,11 @@ def _split(group: Sequence[_Job], solution: Solution) -> Iterator[_Solved]:
 def _stored(job: _Job, solved: _Solved) -> list[tuple[TensorSpec, Tensor]]:
     """The outputs of a weight and where they go."""
     scheme, weight = _scheme(job.address), job.member.weight
-    tensors = scheme.pack(scheme.codes.round(solved.code_NK.clone()), solved.scales)
-    tensors = tensors | scheme.once(weight.shape, TORCH_DTYPES[weight.dtype], job.shared)
+    tensors = scheme.pack(scheme.codes.of_value(solved.code_NK.clone()), solved.scales)
+    dtype = TORCH_DTYPES[weight.dtype]
+    tensors = tensors | scheme.once(weight.shape, dtype, job.shared)
+    if job.input_amax is not None:
+        tensors |= scheme.input_scales(torch.tensor([job.input_amax]), dtype)
     return [(job.member.place(suffix), tensor) for suffix, tensor in tensors.items()]
 
 

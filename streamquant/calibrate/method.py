@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from streamquant.calibrate.data import CalibrationOptions
 from streamquant.errors import RequestError
+from streamquant.schemes import WITHOUT_DATA, Scheme
 
 DEFAULT_MAX_FALLBACK = 0.05
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,15 +21,22 @@ class Method:
     scaling: str  # "", "awq" or "smoothquant"
     solver: str  # "rtn" or "gptq"
 
+    @property
+    def uses_hessians(self) -> bool:
+        """Whether it looks at more of the inputs than how large they are."""
+        return bool(self.scaling) or self.solver != "rtn"
+
 
 METHODS: dict[str, Method | None] = {
-    "rtn": None,  # without data
+    "rtn": None,  # without data, unless a scheme needs some
     "gptq": Method("", "gptq"),
     "awq": Method("awq", "rtn"),
     "awq+gptq": Method("awq", "gptq"),
     "smoothquant": Method("smoothquant", "rtn"),
     "smoothquant+gptq": Method("smoothquant", "gptq"),
 }
+
+MEASURING = Method("", "rtn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,28 +47,50 @@ class CalibrationWish:
     method: Method
     options: CalibrationOptions
     max_fallback: float  # the part of all weights that may be left to plain rounding
+    compute_dtype: str  # of products while layers are run; one of COMPUTE_DTYPES
 
     def to_json(self) -> dict[str, Any]:
         """What the output depends on, but for the tokens themselves."""
-        return {"method": self.name} | {key: value for key, value in asdict(self.options).items() if key != "data"}
+        return {"method": self.name, "compute dtype": self.compute_dtype} | {
+            key: value for key, value in asdict(self.options).items() if key != "data"
+        }
 
 
-def make_calibration_wish(method: str, *, max_fallback: float | None, **options: Any) -> CalibrationWish | None:
-    """The wish that the arguments of `convert` express; options that are None take their default. None for a method without data.
+def make_calibration_wish(
+    method: str,
+    schemes: Iterable[Scheme],
+    *,
+    max_fallback: float | None = None,
+    compute_dtype: str | None = None,
+    **options: Any,
+) -> CalibrationWish | None:
+    """The wish that the arguments of `convert` express; options that are None take their default. None if nothing needs data.
 
-    Raises RequestError for an unknown method, and for options that the method would ignore.
+    Raises RequestError for an unknown method, for options that would be ignored, and for schemes that need data if none is offered.
     """
     if method not in METHODS:
         raise RequestError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
     given = {name: value for name, value in options.items() if value is not None}
+    measured = next((scheme.preset for scheme in schemes if scheme.needs_data), None)
     found = METHODS[method]
     if found is None:
-        ignored = [*given, *(() if max_fallback is None else ("max_fallback",))]
-        if ignored:
+        others = {"max_fallback": max_fallback, "compute_dtype": compute_dtype}
+        ignored = [*given, *(name for name, value in others.items() if value is not None)]
+        if measured is not None and not given:
+            raise RequestError(
+                f"{measured} stores activation scales, which take calibration data; without data use {WITHOUT_DATA[measured]}, "
+                "else add --calibration-data, or --samples of the text that comes with the package"
+            )
+        if measured is None and ignored:
             flags = ", ".join("--calibration-data" if name == "data" else f"--{name.replace('_', '-')}" for name in ignored)
             raise RequestError(f"{flags}: method {method} takes no data; choose another --method: {', '.join(list(METHODS)[1:])}")
-        return None
+        if measured is None:
+            return None
+        found = MEASURING
     most = DEFAULT_MAX_FALLBACK if max_fallback is None else max_fallback
     if not 0 <= most <= 1:
         raise RequestError(f"--max-fallback {most} is no part of all weights, from 0 to 1")
-    return CalibrationWish(method, found, CalibrationOptions(**given), most)
+    dtype = compute_dtype or COMPUTE_DTYPES[0]
+    if dtype not in COMPUTE_DTYPES:
+        raise RequestError(f"unknown compute dtype {dtype!r}; known are {', '.join(COMPUTE_DTYPES)}")
+    return CalibrationWish(method, found, CalibrationOptions(**given), most, dtype)

@@ -25,6 +25,7 @@ from streamquant.schemes.kernels import Kernels
 
 CONFIG_NAME = "config.json"
 MAX_FILE_BYTES = 256 << 20  # of a tokenizer
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")  # without these a processor takes longer for bfloat16 than for float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +119,22 @@ def calibrate(
             work=work,
             device=device,
             kernels=kernels,
+            compute_dtype=find_compute_dtype(wish.compute_dtype, device),
             nonfinite=nonfinite,
             on_progress=on_progress,
         )
         records = layers.run(max_hidden_bytes)
     return CalibrationReport(wish.name, calibration.title, len(calibration.samples), calibration.num_tokens, tuple(records))
+
+
+def find_compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that one of COMPUTE_DTYPES means: with "auto" bfloat16 where the device is faster with it."""
+    if name == "auto":
+        if device.type == "cpu":
+            capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # not in older versions of torch
+            is_faster = any(capabilities.get(instructions) for instructions in BF16_INSTRUCTIONS)
+        else:
+            is_faster = torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bfloat16" if is_faster else "float32"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

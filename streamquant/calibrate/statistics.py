@@ -27,21 +27,21 @@ MIN_BLOCK = 128
 class Statistics:
     """Of one input, over all tokens."""
 
-    hessian_KK: Tensor  # X^T X, float32; while tokens are added, only what is right of the diagonal
+    hessian_KK: Tensor  # X^T X, float32; while tokens are added, only what is right of the diagonal. [0, 0] if nobody asks for it
     abs_sum_K: Tensor
     amax_K: Tensor
     num_tokens: int = 0
 
     @classmethod
-    def of_nothing(cls, num_columns: int, device: torch.device) -> Statistics:
+    def of_nothing(cls, num_columns: int, device: torch.device, *, hessian: bool = True) -> Statistics:
         """Of an input that was not seen yet."""
-        zeros_K = torch.zeros(num_columns, device=device)
-        return cls(torch.zeros(num_columns, num_columns, device=device), zeros_K, zeros_K.clone())
+        zeros_K, size = torch.zeros(num_columns, device=device), num_columns if hessian else 0
+        return cls(torch.zeros(size, size, device=device), zeros_K, zeros_K.clone())
 
     def add(self, input_TK: Tensor, *, magnitudes: bool = True) -> None:
         """Take tokens into account; without their `magnitudes` if nobody asks for them."""
         input_TK = input_TK.float()
-        num_columns = input_TK.shape[1]
+        num_columns = len(self.hessian_KK)
         block = max(num_columns // BLOCKS, MIN_BLOCK)
         for start in range(0, num_columns, block):
             block_TB = input_TK[:, start : start + block]
@@ -75,8 +75,8 @@ class Statistics:
 class Collector:
     """Statistics of a layer by linear, collected while batches run through it."""
 
-    def __init__(self, *, magnitudes: bool = True) -> None:
-        self._magnitudes = magnitudes
+    def __init__(self, *, hessians: bool = True, magnitudes: bool = True) -> None:
+        self._hessians, self._magnitudes = hessians, magnitudes
         self._of: dict[Hashable, Statistics] = {}
         self._leaders: set[Hashable] = set()
         self._inputs = WeakTensorKeyDictionary()  # as long as they are alive, their statistics
@@ -89,7 +89,7 @@ class Collector:
             if input_TK in self._inputs:
                 self._of[linear] = self._inputs[input_TK]
                 return
-            self._of[linear] = Statistics.of_nothing(input_TK.shape[1], input_TK.device)
+            self._of[linear] = Statistics.of_nothing(input_TK.shape[1], input_TK.device, hessian=self._hessians)
             self._leaders.add(linear)
         if linear in self._leaders:
             self._of[linear].add(input_TK, magnitudes=self._magnitudes)

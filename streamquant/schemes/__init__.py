@@ -21,15 +21,18 @@ from streamquant.schemes.observers import OBSERVERS
 from streamquant.schemes.plain import Plain
 from streamquant.schemes.scheme import Activations, Scheme
 
-__all__ = ["FORMATS", "NATIVE_FP8", "PLAIN", "SCHEMES", "Scheme", "find_scheme", "scheme_from_config"]
+__all__ = ["FORMATS", "NATIVE_FP8", "PLAIN", "SCHEMES", "WITHOUT_DATA", "Scheme", "find_scheme", "scheme_from_config"]
 
 FP8_TOKEN = Activations(num_bits=8, type="float", strategy="token")
+FP8_TENSOR = Activations(num_bits=8, type="float", strategy="tensor", dynamic=False)
 FP8_GROUP = Activations(num_bits=8, type="float", strategy="group", group_size=128)
 INT8_TOKEN = Activations(num_bits=8, type="int", strategy="token")
+NVFP4_GROUP = Activations(num_bits=4, type="float", strategy="tensor_group", group_size=16, dynamic="local")
 MXFP4_GROUP = Activations(num_bits=4, type="float", strategy="group", group_size=32)
 MXFP8_GROUP = Activations(num_bits=8, type="float", strategy="group", group_size=32, scale_dtype="torch.uint8")
 
 SCHEMES: dict[str, Scheme] = {
+    "FP8": Fp8(preset="FP8", strategy="tensor", activations=FP8_TENSOR),
     "FP8_DYNAMIC": Fp8(preset="FP8_DYNAMIC", activations=FP8_TOKEN),
     "FP8_BLOCK": Fp8(preset="FP8_BLOCK", strategy="block", activations=FP8_GROUP),
     "FP8A16": Fp8(preset="FP8A16"),
@@ -45,6 +48,7 @@ SCHEMES: dict[str, Scheme] = {
     "W2A16": PackedInt(preset="W2A16", num_bits=2),
     "W4A8": PackedInt(preset="W4A8", num_bits=4, activations=INT8_TOKEN),
     "W4AFP8": PackedInt(preset="W4AFP8", num_bits=4, activations=FP8_TOKEN),
+    "NVFP4": NvFp4(preset="NVFP4", activations=NVFP4_GROUP),
     "NVFP4A16": NvFp4(preset="NVFP4A16"),
     "MXFP4A16": MxFp4(preset="MXFP4A16"),
     "MXFP4": MxFp4(preset="MXFP4", activations=MXFP4_GROUP),
@@ -61,7 +65,7 @@ PLAIN: dict[str, Plain] = {
 
 NATIVE_FP8 = NativeFp8(preset="FP8_BLOCK", activations=FP8_GROUP)
 
-NEED_ACTIVATION_SCALES = {"FP8": "FP8_DYNAMIC", "NVFP4": "NVFP4A16"}
+WITHOUT_DATA = {"FP8": "FP8_DYNAMIC", "NVFP4": "NVFP4A16"}  # schemes that need data -> the nearest that need none
 
 FORMATS = ("compressed-tensors", "fp8")
 
@@ -84,9 +88,6 @@ def find_scheme(
     Raises RequestError for an unknown preset, a setting that the preset does not have, or a value that it does not allow.
     """
     name = preset.upper()
-    if name in NEED_ACTIVATION_SCALES:
-        instead = NEED_ACTIVATION_SCALES[name]
-        raise RequestError(f"{name} stores activation scales, which take calibration data; without data use {instead}")
     plain = {scheme.preset: scheme for scheme in PLAIN.values()}
     known: dict[str, Scheme] = SCHEMES | plain
     if name not in known:

@@ -28,6 +28,10 @@ class Codes(ABC):
         """Codes as `round` gives them -> float32 values."""
         return code
 
+    def of_value(self, value: Tensor) -> Tensor:
+        """What `value` gives -> codes as `round` gives them. May overwrite its argument."""
+        return self.round(value)
+
     @abstractmethod
     def pack(self, code_NK: Tensor) -> Tensor:
         """Codes as `round` gives them -> what is stored."""
@@ -65,6 +69,9 @@ class E2m1(Codes):
 
     def round(self, quotient: Tensor) -> Tensor:
         return round_to_e2m1(quotient)
+
+    def of_value(self, value: Tensor) -> Tensor:
+        return value  # with the sign of a zero, which rounding takes
 
     def pack(self, code_NK: Tensor) -> Tensor:
         return pack_nibbles(e2m1_nibble(code_NK))

@@ -3,6 +3,7 @@
 compressed-tensors `float-quantized` (with input activations) and `naive-quantized` (without):
     weight        F8_E4M3 [N, K]
     weight_scale  the weight's dtype or F32: tensor [1], channel [N, 1], block [ceil(N/128), ceil(K/128)]
+    input_scale   the same dtype, [1]; if inputs are not measured while a model runs
 
 Native block FP8, as DeepSeek-V3 stores it, which transformers, vLLM and SGLang read without compressed-tensors:
     weight            F8_E4M3 [N, K]
@@ -92,6 +93,9 @@ class Fp8(Scheme):
     def once(self, shape: tuple[int, int], dtype: torch.dtype, shared: Tensor | None) -> dict[str, Tensor]:
         del shape
         return {} if shared is None else {"weight_scale": shared.to(self._dtype(dtype))}
+
+    def input_scales(self, amax: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {"input_scale": self._stored_scale(amax, dtype)} if self.needs_data else {}
 
     def scales(self, bounds_BRC: Tensor, dtype: torch.dtype, shared: Tensor | None) -> Scales:
         stored_RC = self._stored_scale(bounds_BRC[0], dtype) if shared is None else shared.view(1, 1)

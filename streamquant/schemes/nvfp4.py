@@ -4,6 +4,7 @@
     weight_packed        U8 [N, K/2], the even column in the low nibble
     weight_scale         F8_E4M3 [N, K/16]
     weight_global_scale  F32 [1]; an inverse scale: it divides the group scale
+    input_global_scale   F32 [1], if inputs are quantized too; the same of these
 
 weight ~ code * weight_scale / weight_global_scale. Engines keep one global scale for weights that they fuse, so fused weights
 share the largest magnitude from which it follows.
@@ -65,18 +66,18 @@ class NvFp4(Scheme):
 
         With scales that are powers of two it is one as well, the next below.
         """
-        dtype = _working_dtype(dtype)
-        tiny = torch.finfo(dtype).tiny
-        reciprocal = (1.0 / amax.clamp(min=tiny)).to(dtype).float()
-        inv_scale = (reciprocal * (FP8_MAX * FP4_MAX)).to(dtype).float()
+        inv_scale = _inverse_global_scale(amax, dtype)
         if self.observer == "power_of_two":
             inv_scale = floor_power_of_two(inv_scale)
-        return torch.where(inv_scale.isfinite(), inv_scale, 1.0)
+        return inv_scale
 
     def once(self, shape: tuple[int, int], dtype: torch.dtype, shared: Tensor | None) -> dict[str, Tensor]:
         del shape, dtype
         assert shared is not None
         return {"weight_global_scale": shared}
+
+    def input_scales(self, amax: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {"input_global_scale": _inverse_global_scale(amax, dtype)} if self.needs_data else {}
 
     def scales(self, bounds_BRC: Tensor, dtype: torch.dtype, shared: Tensor | None) -> Scales:
         assert shared is not None
@@ -103,6 +104,13 @@ class NvFp4(Scheme):
     def problem(self, shape: tuple[int, int], *, fused: bool, last: bool) -> str | None:
         del fused, last
         return f"has {shape[1]} columns; {self.preset} needs a multiple of {GROUP}" if shape[1] % GROUP else None
+
+
+def _inverse_global_scale(amax: Tensor, dtype: torch.dtype) -> Tensor:
+    dtype = _working_dtype(dtype)
+    reciprocal = (1.0 / amax.clamp(min=torch.finfo(dtype).tiny)).to(dtype).float()
+    inv_scale = (reciprocal * (FP8_MAX * FP4_MAX)).to(dtype).float()
+    return torch.where(inv_scale.isfinite(), inv_scale, 1.0)
 
 
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:

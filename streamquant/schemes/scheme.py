@@ -28,19 +28,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activations:
-    """How the engine shall quantize the inputs of a layer. Stored in the config, nowhere else."""
+    """How the engine shall quantize the inputs of a layer."""
 
     num_bits: int
     type: str  # "int" | "float"
-    strategy: str  # "token" | "group"
+    strategy: str  # "token" | "group" | "tensor" | "tensor_group"
     group_size: int | None = None
     scale_dtype: str | None = None
+    dynamic: bool | str = True  # False: the checkpoint has a scale; "local": it has one over those that the engine finds
 
     @property
     def config(self) -> dict[str, Any]:
         """The `input_activations` entry of a config group; what is None is left out, since old readers refuse unknown keys."""
         said = {key: value for key, value in asdict(self).items() if value is not None}
-        return said | {"symmetric": True, "dynamic": True}
+        return said | {"symmetric": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,11 @@ class Scheme(ABC):
     @abstractmethod
     def unpack(self, stored: Mapping[str, Tensor], num_columns: int) -> tuple[Tensor, Scales]:
         """Values of codes (float32 [N, K]) and scales of a block of rows."""
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it stores scales of the inputs, `input_scales`."""
+        return self.activations is not None and self.activations.dynamic is not True
 
     @property
     def title(self) -> str:
@@ -133,6 +139,14 @@ class Scheme(ABC):
     def once(self, shape: tuple[int, int], dtype: torch.dtype, shared: Tensor | None) -> dict[str, Tensor]:
         """The stored tensors that are written once for a weight and not by rows."""
         del shape, dtype, shared
+        return {}
+
+    def input_scales(self, amax: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The stored tensors that tell of the inputs, of which the largest magnitude is `amax` (float32 [1]): none if engines measure them.
+
+        `dtype` is that of the weight.
+        """
+        del amax, dtype
         return {}
 
     def search_scales(self, bounds_BRC: Tensor, dtype: torch.dtype) -> Scales:

@@ -1,0 +1,191 @@
+"""Scales of activations, which only a calibration can know: those of what the model is given, the same for fused weights, never zero."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import streamquant
+from streamquant.calibrate import layers
+from streamquant.calibrate.data import CalibrationOptions, load_calibration, load_tokenizer
+from streamquant.errors import RequestError
+from streamquant.verify import dequantize
+from tests.checkpoints import WIKI_LLAMA, read_tensors, write_checkpoint
+from tests.test_cli import run
+
+pytestmark = [pytest.mark.transformers, pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")]
+
+DEFAULT_TEXT = Path(layers.__file__).parent / "default_text.txt"
+SUFFIXES = {"FP8": "input_scale", "NVFP4": "input_global_scale"}
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text(DEFAULT_TEXT.read_text()[:40_000])
+    return {"calibration_data": text, "samples": 10, "sequence_length": 48, "compute_dtype": "float32"}
+
+
+def input_scales(folder: Path) -> dict[str, Tensor]:
+    """By module."""
+    tensors = read_tensors(folder)
+    return {name.rpartition(".")[0]: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] in SUFFIXES.values()}
+
+
+def largest_inputs(source: Path, out: Path, layer: int, options: dict[str, Any]) -> dict[str, float]:
+    """What the linears of a layer are given, the layers before being as `out` has them: seen by hooks in the whole model."""
+    transformers = pytest.importorskip("transformers")
+    model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    before = tuple(f"model.layers.{index}." for index in range(layer))
+    model.load_state_dict({name: tensor.float() for name, tensor in dequantize(out) if name.startswith(before)}, strict=False)
+    seen: defaultdict[str, float] = defaultdict(float)
+
+    def hook(name: str) -> Any:
+        def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[name] = max(seen[name], float(args[0].double().abs().max()))
+
+        return note
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.startswith(f"model.layers.{layer}."):
+            module.register_forward_pre_hook(hook(name))
+    wanted = {key: value for key, value in options.items() if key in ("samples", "sequence_length")}
+    calibration = load_calibration(CalibrationOptions(data=str(options["calibration_data"]), **wanted), load_tokenizer(source))
+    with torch.no_grad():
+        for sample in calibration.samples:
+            model(input_ids=sample[None], use_cache=False)
+    return dict(seen)
+
+
+@pytest.mark.parametrize(("preset", "method"), [("FP8", "rtn"), ("NVFP4", "rtn"), ("FP8", "smoothquant"), ("NVFP4", "gptq")])
+def test_scales_are_those_of_what_linears_are_given(preset: str, method: str, tmp_path: Path, options: dict[str, Any]) -> None:
+    report = streamquant.convert(WIKI_LLAMA, tmp_path / "out", scheme=preset, method=method, **options)
+    assert report.calibration is not None
+    assert (report.calibration.method, report.calibration.fallbacks) == (method, [])
+    scales = input_scales(tmp_path / "out")
+    assert len(scales) == 42
+    assert {tuple(scale.shape) for scale in scales.values()} == {(1,)}
+    assert {scale.dtype for scale in scales.values()} == {torch.bfloat16 if preset == "FP8" else torch.float32}
+    for layer in (0, 3):
+        if method == "smoothquant":
+            continue  # there inputs are divided by a scale
+        for name, amax in largest_inputs(WIKI_LLAMA, tmp_path / "out", layer, options).items():
+            wanted = amax / 448 if preset == "FP8" else 448 * 6 / amax
+            assert float(scales[name]) == pytest.approx(wanted, rel=2**-8 if preset == "FP8" else 2**-7)
+        for fused in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            assert len({float(scales[f"model.layers.{layer}.{leaf}"]) for leaf in fused}) == 1
+    assert streamquant.verify(tmp_path / "out", against=WIKI_LLAMA).problems == []
+    assert streamquant.convert(WIKI_LLAMA, tmp_path / "out", scheme=preset, method=method, **options).calibration is None
+
+
+def test_smoothing_moves_what_is_large_out_of_the_inputs(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Where that makes the inputs easier to round, though not the weights."""
+    tensors = read_tensors(WIKI_LLAMA)
+    for layer in range(6):
+        tensors[f"model.layers.{layer}.input_layernorm.weight"][::32] *= 64
+        for leaf in ("q_proj", "k_proj", "v_proj"):
+            tensors[f"model.layers.{layer}.self_attn.{leaf}.weight"][:, ::32] /= 64
+    config = json.loads((WIKI_LLAMA / "config.json").read_text())
+    files = {name: (WIKI_LLAMA / name).read_text() for name in TOKENIZER}
+    source = write_checkpoint(tmp_path / "source", tensors, config=config, side_files=files)
+    for method in ("rtn", "smoothquant"):
+        streamquant.convert(source, tmp_path / method, scheme="NVFP4", method=method, **options)
+    plain, smooth = input_scales(tmp_path / "rtn"), input_scales(tmp_path / "smoothquant")
+    assert all(smooth[name] > 2 * plain[name] for name in plain if name.endswith("q_proj"))  # these are inverse scales
+    report = streamquant.convert(source, tmp_path / "w8a8", scheme="W8A8", method="smoothquant", **options)
+    assert report.calibration is not None
+    moved = {record.name.partition(" ")[0] for record in report.calibration.records if record.is_pair and not record.fallback}
+    assert {f"model.layers.{layer}.input_layernorm.weight" for layer in range(6)} <= moved
+
+
+def test_weights_are_those_of_plain_rounding(tmp_path: Path, options: dict[str, Any]) -> None:
+    streamquant.convert(WIKI_LLAMA, tmp_path / "nvfp4", scheme="NVFP4", **options)
+    streamquant.convert(WIKI_LLAMA, tmp_path / "weights", scheme="NVFP4A16")
+    ours, theirs = read_tensors(tmp_path / "nvfp4"), read_tensors(tmp_path / "weights")
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert ours.keys() - theirs.keys() == {f"{name}.input_global_scale" for name in input_scales(tmp_path / "nvfp4")}
+
+
+@pytest.mark.parametrize("preset", SUFFIXES)
+def test_what_transformers_computes_is_near_the_model(preset: str, tmp_path: Path, options: dict[str, Any]) -> None:
+    from tests.test_calibrate import divergence, logits  # which quantize inputs as the config says
+
+    transformers = pytest.importorskip("transformers")
+    tokens = transformers.AutoTokenizer.from_pretrained(WIKI_LLAMA)(DEFAULT_TEXT.read_text()[50_000:60_000])["input_ids"]
+    input_ids_BT = torch.tensor(tokens[:1024]).view(8, 128)
+    streamquant.convert(WIKI_LLAMA, tmp_path / "out", scheme=preset, **options)
+    assert divergence(tmp_path / "out", input_ids_BT, logits(WIKI_LLAMA, input_ids_BT)) < {"FP8": 0.002, "NVFP4": 0.02}[preset]
+
+
+def test_an_expert_without_tokens_takes_the_scale_of_the_others(
+    tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=4096, hidden_size=64, intermediate_size=96, moe_intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_experts=3, num_experts_per_tok=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.data[0] = 0
+        layer.mlp.gate.weight.data[2] = -layer.mlp.gate.weight.data[1]  # of these two one is always above zero
+    source = tmp_path / "source"
+    model.save_pretrained(source)
+    for name in TOKENIZER:
+        (source / name).write_bytes((WIKI_LLAMA / name).read_bytes())
+    monkeypatch.setattr(layers, "FEW_TOKENS", 0)
+    report = streamquant.convert(source, tmp_path / "out", scheme="FP8", max_fallback=1.0, **options)
+    assert report.calibration is not None
+    assert {record.name.split(".experts.")[1][0] for record in report.calibration.fallbacks} == {"0"}
+    scales = input_scales(tmp_path / "out")
+    for name, scale in scales.items():
+        if ".experts.0." in name:
+            others = [scales[name.replace(".experts.0.", f".experts.{other}.")] for other in (1, 2)]
+            assert scale == max(others)
+    assert streamquant.verify(tmp_path / "out").problems == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (torch.zeros(1), "is not finite and positive"),
+        (torch.tensor([torch.inf]), "is not finite and positive"),
+        (torch.tensor([3.0]), "differ in the scale of their inputs"),
+        (None, "input_global_scale is missing, should be F32"),
+    ],
+)
+def test_verification_finds_scales_that_are_wrong(changed: Tensor | None, said: str, tmp_path: Path, options: dict[str, Any]) -> None:
+    streamquant.convert(WIKI_LLAMA, tmp_path / "out", scheme="NVFP4", **options)
+    tensors = read_tensors(tmp_path / "out")
+    name = "model.layers.2.self_attn.k_proj.input_global_scale"
+    tensors.pop(name)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    write_checkpoint(tmp_path / "wrong", tensors if changed is None else tensors | {name: changed}, config=config)
+    (problem,) = streamquant.verify(tmp_path / "wrong").problems
+    assert said in problem
+    assert "k_proj" in problem
+
+
+def test_a_source_with_scales_of_activations_is_measured_anew(tmp_path: Path, options: dict[str, Any]) -> None:
+    streamquant.convert(WIKI_LLAMA, tmp_path / "first", scheme="FP8", **options)
+    streamquant.convert(tmp_path / "first", tmp_path / "second", scheme="FP8", **options | {"samples": 3})
+    first, second = input_scales(tmp_path / "first"), input_scales(tmp_path / "second")
+    assert first.keys() == second.keys()
+    assert all(scale <= 1.02 * first[name] for name, scale in second.items())
+    assert streamquant.verify(tmp_path / "second", against=tmp_path / "first").problems == []
+
+
+def test_what_cannot_be_measured_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=r"lm_head\.weight is in no decoder layer, where FP8 could measure its inputs; --ignore lm_head"):
+        streamquant.convert(WIKI_LLAMA, tmp_path / "out", scheme="FP8", include=["lm_head"], **options)
+    for arguments in ([], ["--method", "rtn", "--max-fallback", "0.1"]):
+        result = run("convert", WIKI_LLAMA, tmp_path / "none", "--scheme", "mlp=NVFP4,FP8_DYNAMIC", *arguments)
+        assert result.returncode == 2
+        assert "NVFP4 stores activation scales, which take calibration data; without data use NVFP4A16, else add" in result.stderr
+        assert not (tmp_path / "none").exists()
