@@ -17,7 +17,7 @@ import streamquant
 from streamquant import report
 from streamquant.calibrate.method import COMPUTE_DTYPES, METHODS
 from streamquant.checkpoint.url import without_secrets
-from streamquant.convert import plan_memory, resolve_devices
+from streamquant.convert import KV_CACHES, plan_memory, resolve_devices
 from streamquant.engines import check, find_engine
 from streamquant.errors import RequestError, StreamquantError, one_line
 from streamquant.inputs import LAYOUTS
@@ -71,6 +71,7 @@ def _recipe_options(command: Command) -> Command:
         ),
         click.option("--scale-dtype", type=click.Choice(["weight", "float32"]), help="Dtype of FP8 and INT8 scales."),
         click.option("--format", type=click.Choice(FORMATS), default=_default("format"), show_default=True, help="fp8: native block FP8."),
+        click.option("--kv-cache", type=click.Choice(KV_CACHES), help="Measure scales for keys and values, with calibration data."),
         EXPERT_LAYOUT,
         click.option("--max-shard-size", metavar="SIZE", default=_default("max_shard_size"), show_default=True, help="Of an output file."),
     ]

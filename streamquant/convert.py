@@ -39,6 +39,7 @@ from streamquant.version import __version__
 if TYPE_CHECKING:
     from streamquant.calibrate.run import CalibrationReport
 
+KV_CACHES: Final = ("fp8",)
 DEFAULT_MAX_SHARD_SIZE: Final = "5GB"
 DEFAULT_MEMORY: Final = {"cpu": "256MiB", "cuda": "2GiB"}
 GPU_SHARE: Final = (4, 5)  # of a GPU's free memory, unless --max-gpu-memory says how much
@@ -105,6 +106,7 @@ def plan(
     strategy: str | None = None,
     scale_dtype: str | None = None,
     format: str = "compressed-tensors",
+    kv_cache: str | None = None,
     expert_layout: str | None = None,
     max_shard_size: str | int = DEFAULT_MAX_SHARD_SIZE,
 ) -> Plan:
@@ -125,16 +127,20 @@ def plan(
         scale_dtype=scale_dtype,
     )
     with open_source(source, revision=revision) as opened:
-        return _plan(opened, wish, format=format, expert_layout=expert_layout, max_shard_size=max_shard_size)[0]
+        return _plan(opened, wish, format=format, kv_cache=kv_cache, expert_layout=expert_layout, max_shard_size=max_shard_size)[0]
 
 
-def _plan(source: Source, wish: Recipe, *, format: str, expert_layout: str | None, max_shard_size: str | int) -> tuple[Plan, Inventory]:
+def _plan(
+    source: Source, wish: Recipe, *, format: str, kv_cache: str | None, expert_layout: str | None, max_shard_size: str | int
+) -> tuple[Plan, Inventory]:
     max_shard_bytes = parse_size(max_shard_size)
+    if kv_cache not in {None, *KV_CACHES}:
+        raise RequestError(f"unknown KV cache {kv_cache!r}; known are {', '.join(KV_CACHES)}")
     checkpoint = read_checkpoint(source)
     if format != "compressed-tensors" and checkpoint.layout.config_name == MISTRAL_CONFIG_NAME:
         raise RequestError(f"{MISTRAL_CONFIG_NAME} describes compressed-tensors only; leave out --format {format}")
     inventory = find_weights(checkpoint, source, expert_layout=expert_layout)
-    return make_plan(checkpoint, inventory, wish, max_shard_bytes=max_shard_bytes), inventory
+    return make_plan(checkpoint, inventory, wish, max_shard_bytes=max_shard_bytes, fp8_cache=kv_cache is not None), inventory
 
 
 def convert(
@@ -152,6 +158,7 @@ def convert(
     strategy: str | None = None,
     scale_dtype: str | None = None,
     format: str = "compressed-tensors",
+    kv_cache: str | None = None,
     expert_layout: str | None = None,
     max_shard_size: str | int = DEFAULT_MAX_SHARD_SIZE,
     method: str = "rtn",
@@ -183,6 +190,7 @@ def convert(
     ignore, include: patterns of modules to keep, and of modules to quantize although they are kept by default.
     observer, group_size, symmetric, strategy, scale_dtype: settings of each scheme in `scheme` in place of its own.
     format: "compressed-tensors", or "fp8" for native block FP8.
+    kv_cache: "fp8" measures scales for keys and values, with calibration data.
     expert_layout: "rows", "columns" or "interleaved": how experts are stacked in 3-D tensors (inputs/experts.py), if the model
     type does not tell.
     max_shard_size: bytes, or a size such as "5GB", of a file of the output.
@@ -229,6 +237,7 @@ def convert(
     calibration_wish = make_calibration_wish(
         method,
         wish.schemes,
+        fp8_cache=kv_cache is not None,
         data=None if calibration_data is None else os.fspath(calibration_data),
         samples=samples,
         sequence_length=sequence_length,
@@ -240,7 +249,9 @@ def convert(
     calibrated: CalibrationReport | None = None
     with ExitStack() as stack:
         opened = stack.enter_context(open_source(source, revision=revision, cache=cache))
-        the_plan, inventory = _plan(opened, wish, format=format, expert_layout=expert_layout, max_shard_size=max_shard_size)
+        the_plan, inventory = _plan(
+            opened, wish, format=format, kv_cache=kv_cache, expert_layout=expert_layout, max_shard_size=max_shard_size
+        )
         memory = plan_memory(
             the_plan, kernels=found_kernels, devices=devices, max_memory=max_memory, max_gpu_memory=max_gpu_memory, threads=threads
         )

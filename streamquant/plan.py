@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from streamquant.checkpoint.checkpoint import Checkpoint
-from streamquant.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, TensorSpec, build_header
+from streamquant.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, TensorSpec, build_header, tensor_bytes
 from streamquant.checkpoint.layout import Layout
 from streamquant.checkpoint.limits import MAX_HEADERS_BYTES, MAX_TENSORS, fault_of_tensor_name
 from streamquant.decide import NOT_A_MATRIX, Decision, Keep, decide, taken_apart, way_out
@@ -32,6 +32,7 @@ from streamquant.schemes.plain import Plain
 from streamquant.stored import measured_tensors, stored_bytes, stored_tensors
 
 NOT_STORED = PLAIN["BF16"]  # the scheme of what is copied
+FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}  # `kv_cache_scheme`
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,26 @@ class Encode:
         return tuple(spec for member in self.members for spec in member.stored)
 
 
-Step = Copy | Encode
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Scales of the keys and values that an attention module keeps; only a calibration can finish this step."""
+
+    module: str
+    k_scale: TensorSpec
+    v_scale: TensorSpec
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes to read."""
+        return 0
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What is written."""
+        return (self.k_scale, self.v_scale)
+
+
+Step = Copy | Encode | Measure
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,9 +195,10 @@ class Plan:
         }
 
 
-def make_plan(checkpoint: Checkpoint, inventory: Inventory, recipe: Recipe, *, max_shard_bytes: int) -> Plan:
+def make_plan(checkpoint: Checkpoint, inventory: Inventory, recipe: Recipe, *, max_shard_bytes: int, fp8_cache: bool = False) -> Plan:
     """Decide what happens to every tensor of the checkpoint, of which `inventory` says what they make up.
 
+    `fp8_cache`: with scales for keys and values in FP8.
     Raises RequestError if the recipe cannot be followed, CheckpointError if the checkpoint is of a kind not supported.
     """
     if inventory.problems:
@@ -185,7 +206,8 @@ def make_plan(checkpoint: Checkpoint, inventory: Inventory, recipe: Recipe, *, m
         raise CheckpointError(f"{inventory.problems[0]}{more}")
     facts = ModelFacts.from_config(checkpoint.config, checkpoint.tensors)
     decisions, groups = decide(inventory, recipe, facts)
-    shards = _lay_out(_draft(inventory, decisions, groups), checkpoint.layout, max_shard_bytes)
+    attention = _attention(inventory, facts) if fp8_cache else {}
+    shards = _lay_out(_draft(inventory, decisions, groups, attention), checkpoint.layout, max_shard_bytes)
 
     encoded = [step for shard in shards for step in shard.steps if isinstance(step, Encode)]
     if not encoded:
@@ -196,7 +218,29 @@ def make_plan(checkpoint: Checkpoint, inventory: Inventory, recipe: Recipe, *, m
     config = _describe(inventory, decisions, quantized, facts)
     if config and inventory.cache_scheme is not None:
         config["kv_cache_scheme"] = inventory.cache_scheme
+    if fp8_cache:
+        if "config_groups" not in config:
+            raise RequestError(
+                "--kv-cache is stated in the config of compressed-tensors, and there will be none; choose another --scheme or --format"
+            )
+        config["kv_cache_scheme"] = FP8_CACHE
     return Plan(checkpoint, recipe, shards, config, inventory.dropped)
+
+
+def _attention(inventory: Inventory, facts: ModelFacts) -> dict[str, str]:
+    """The attention modules of decoder layers that keep keys and values: the weight that gives keys -> the module."""
+    if inventory.cache_scheme is not None:
+        raise RequestError("the source has scales of its KV cache, which are kept; leave out --kv-cache")
+    names = {weight.name for weight in inventory.weights}
+    found = {}
+    for weight in inventory.weights:
+        module, _, leaf = weight.module.rpartition(".")
+        keeps = leaf == "qkv_proj" or (leaf == "k_proj" and f"{module}.v_proj.weight" in names)
+        if keeps and role_of(weight.module, weight.shape[0], facts) == "attention":
+            found[weight.name] = module
+    if not found:
+        raise RequestError("--kv-cache: no decoder layer has a k_proj and a v_proj, or a qkv_proj, so there is nothing to measure")
+    return found
 
 
 def _describe(
@@ -240,9 +284,12 @@ class _Draft(NamedTuple):
     reason: str = ""
     keeps_codes: bool = False
     stack: str = ""  # the name of the 3-D tensor that the weights make up together
+    attention: str = ""  # the module whose keys and values are measured, of which the weight is that of the keys
 
     def outputs(self) -> list[list[_Output]]:
         """What is written, for each weight, or in one list for all."""
+        if self.attention:
+            return [[(f"{self.attention}.{role}", self.weights[0].dtype, (1,)) for role in ("k_scale", "v_scale")]]
         if self.tensor is not None:
             return [[self.tensor[:3]]]
         if self.stack:
@@ -261,12 +308,17 @@ class _Draft(NamedTuple):
         """Bytes of what is written."""
         if self.tensor is not None:
             return self.tensor.num_bytes
+        if self.attention:
+            return 2 * tensor_bytes(self.weights[0].dtype, (1,))
         return sum(stored_bytes(self.scheme, weight.shape, weight.dtype) for weight in self.weights)
 
     def step(self, outputs: Sequence[Sequence[_Output]], places: Mapping[str, TensorSpec]) -> Step:
         """The step that writes `outputs`, with the places of these by name."""
         if self.tensor is not None:
             return Copy(self.tensor, places[self.tensor.name], self.reason)
+        if self.attention:
+            k_scale, v_scale = (places[name] for name, _, _ in outputs[0])
+            return Measure(self.attention, k_scale, v_scale)
         if self.stack:
             whole = places[self.stack]
             part_bytes = whole.num_bytes // len(self.weights)
@@ -278,7 +330,9 @@ class _Draft(NamedTuple):
         return Encode(tuple(encoded), self.scheme, self.keeps_codes, self.reason)
 
 
-def _draft(inventory: Inventory, decisions: Mapping[str, Decision], groups: Sequence[tuple[str, ...]]) -> list[_Draft]:
+def _draft(
+    inventory: Inventory, decisions: Mapping[str, Decision], groups: Sequence[tuple[str, ...]], attention: Mapping[str, str]
+) -> list[_Draft]:
     """Drafts of the steps in source order, fused partners together at the place of the first."""
     group_of = {name: group for group in groups for name in group}
     weights = {weight.name: weight for weight in inventory.weights}
@@ -295,6 +349,8 @@ def _draft(inventory: Inventory, decisions: Mapping[str, Decision], groups: Sequ
             continue
         for weight in item.weights if isinstance(item, Stack) else (item,):
             decision = decisions[weight.name]
+            if weight.name in attention:
+                drafts.append(_Draft(None, (weight,), NOT_STORED, attention=attention[weight.name]))
             if isinstance(decision, Keep):
                 drafts.append(_kept(weight, decision))
             elif weight.name not in done:
@@ -420,6 +476,8 @@ def _shard_json(shard: Shard) -> dict[str, Any]:
 def _step_json(step: Step) -> dict[str, Any]:
     if isinstance(step, Copy):
         return {"action": "copy", "reason": step.reason, "source": _spec_json(step.source), "output": _spec_json(step.output)}
+    if isinstance(step, Measure):
+        return {"action": "measure", "module": step.module, "outputs": [_spec_json(spec) for spec in step.outputs]}
     return {
         "action": "quantize",
         "scheme": step.scheme.preset,

@@ -12,7 +12,7 @@ from streamquant.engines import Engine, Finding, loads_in
 from streamquant.inspect import Inspection
 from streamquant.memory import Memory
 from streamquant.names import fold
-from streamquant.plan import Copy, Encode, Plan, Step
+from streamquant.plan import Copy, Encode, Measure, Plan, Step
 from streamquant.schemes import PLAIN, SCHEMES, WITHOUT_DATA, Scheme
 from streamquant.schemes.plain import Plain
 from streamquant.sizes import format_bytes
@@ -110,7 +110,7 @@ def _kept(steps: Iterable[Step]) -> dict[str, list[str]]:
     for step in steps:
         if isinstance(step, Copy):
             names[step.reason].append(step.source.name)
-        elif isinstance(step.scheme, Plain) and not step.unpacks:
+        elif isinstance(step, Encode) and isinstance(step.scheme, Plain) and not step.unpacks:
             names[step.reason] += [member.weight.name for member in step.members]
     return names
 
@@ -249,6 +249,9 @@ def _fates(step: Step) -> list[tuple[str, str, str, str, int, int]]:
     if isinstance(step, Copy):
         spec = step.source
         return [(spec.name, _shape(spec.shape), spec.dtype, f"kept: {step.reason}", spec.num_bytes, spec.num_bytes)]
+    if isinstance(step, Measure):
+        num_bytes = sum(spec.num_bytes for spec in step.outputs)
+        return [(step.module, "", "", "scales of keys and values in FP8", 0, num_bytes)]
     partners = [member.module.rpartition(".")[2] for member in step.members]
     fate = step.scheme.title
     if isinstance(step.scheme, Plain):

@@ -29,7 +29,7 @@ from streamquant.inputs.weight import Allocate
 from streamquant.lane import Lane, make_lanes
 from streamquant.lazy import torch
 from streamquant.memory import COPY_BYTES, SMALL_PART, Memory, row_blocks, row_multiple
-from streamquant.plan import Copy, Encode, Member, Shard, Step
+from streamquant.plan import Copy, Encode, Measure, Member, Shard, Step
 from streamquant.read_ahead import NUM_BUFFERS, ReadAhead, Reading, Spool, coalesce
 from streamquant.schemes import Scheme
 from streamquant.schemes.kernels import Kernels
@@ -359,7 +359,7 @@ class _Engine:
         """The tasks of a step, in groups that fit what is read ahead."""
         if self._read_ahead is None or self._read_ahead.fits(tasks):
             yield tasks
-        elif isinstance(step, Copy) or not _reads_again(step):
+        elif not (isinstance(step, Encode) and _reads_again(step)):
             yield from ([task] for task in tasks)
         else:  # what is read more than once is fetched once
             spool = Spool(self._work)
@@ -373,6 +373,8 @@ class _Engine:
                 yield [task]
 
     def _tasks(self, step: Step, output: StepWriter) -> Iterator[_Task]:
+        if isinstance(step, Measure):
+            raise AssertionError(f"{step.module} should have been measured before")
         if isinstance(step, Copy):
             spec = step.source
             for start in range(spec.start, spec.end, COPY_BYTES):

@@ -110,6 +110,8 @@ def verify(
         problems += _fused_problems(stored, scheme_of, source)
         measured = _measured(stored, scheme_of)
         problems += _measured_problems(checkpoint, measured, source)
+        of_cache = _cache_scales(checkpoint, inventory)
+        problems += [f"{spec.name} is not finite and positive" for spec in of_cache.values() if _num_bad_scales(source, spec, 0)]
         checksum_of = _checksums(source) if checksums else {}
         problems += _checksum_problems(source, checksum_of)
         report = Verification(str(out), problems, len(checkpoint.tensors), len(stored), num_checksums=len(checksum_of))
@@ -120,8 +122,10 @@ def verify(
             together = _plain_stacks(inventory) & _plain_stacks(originals)
             # What looks like a scale that no output needs may be a parameter of the source.
             others = {name: _column(checkpoint.tensors[name]) for name in inventory.dropped if name not in measured}
-            ours = _Side(source, _apart(inventory, together) | others)
             theirs = _Side(Windows(original) if original.num_connections else original, _apart(originals, together))
+            measured_now = of_cache.keys() - theirs.weights.keys()
+            apart = {name: weight for name, weight in _apart(inventory, together).items() if name not in measured_now}
+            ours = _Side(source, apart | others)
             report = replace(report, problems=[*problems, *originals.problems])
             return _compare(report, ours, theirs, scheme_of, _rescaled(source), on_progress)
 
@@ -269,6 +273,14 @@ def _measured_problems(checkpoint: Checkpoint, measured: Mapping[str, tuple[str,
         scales = {scale_of[module] for module in modules}
         if len(scales) > 1:
             yield f"{', '.join(modules)} are loaded as one weight and differ in the scale of their inputs: {sorted(scales)}"
+
+
+def _cache_scales(checkpoint: Checkpoint, inventory: Inventory) -> dict[str, TensorSpec]:
+    """Scales of keys and values, if the config says that these are quantized."""
+    if inventory.cache_scheme is None:
+        return {}
+    found = {name: spec for name, spec in checkpoint.tensors.items() if name.rpartition(".")[2] in ("k_scale", "v_scale")}
+    return {name: spec for name, spec in found.items() if spec.dtype in GOOD_SCALES and spec.num_bytes}
 
 
 def _num_bad_scales(source: Reader, spec: TensorSpec, start: int) -> int:

@@ -189,3 +189,72 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, options: dict[str, A
         assert result.returncode == 2
         assert "NVFP4 stores activation scales, which take calibration data; without data use NVFP4A16, else add" in result.stderr
         assert not (tmp_path / "none").exists()
+
+
+# --- keys and values -------------------------------------------------------------------------------------------------
+
+
+def test_scales_of_keys_and_values_are_those_of_what_the_cache_holds(tmp_path: Path, options: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    report = streamquant.convert(WIKI_LLAMA, tmp_path / "out", scheme="W8A16", kv_cache="fp8", **options)
+    assert report.calibration is not None
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["kv_cache_scheme"] == {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    tensors = read_tensors(tmp_path / "out")
+    model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(WIKI_LLAMA, dtype=torch.float32).eval()
+    model.load_state_dict({name: tensor.float() for name, tensor in dequantize(tmp_path / "out") if not name.endswith("_scale")})
+    wanted = {key: value for key, value in options.items() if key in ("samples", "sequence_length")}
+    calibration = load_calibration(CalibrationOptions(data=str(options["calibration_data"]), **wanted), load_tokenizer(WIKI_LLAMA))
+    with torch.no_grad():
+        caches = [model(input_ids=sample[None], use_cache=True).past_key_values for sample in calibration.samples]
+    for layer in range(6):
+        for name, held in (("k_scale", "keys"), ("v_scale", "values")):
+            scale = tensors[f"model.layers.{layer}.self_attn.{name}"]
+            assert (scale.dtype, scale.shape) == (torch.bfloat16, (1,))
+            largest = max(float(getattr(cache.layers[layer], held).abs().max()) for cache in caches)
+            assert float(scale) == pytest.approx(largest / 448, rel=2**-7)  # of layers whose weights are rounded to 8 bits only afterwards
+    assert streamquant.verify(tmp_path / "out", against=WIKI_LLAMA).problems == []
+    plain = streamquant.convert(WIKI_LLAMA, tmp_path / "plain", scheme="W8A16")
+    assert plain.calibration is None
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in read_tensors(tmp_path / "plain").items())
+    with pytest.raises(RequestError, match="the source has scales of its KV cache, which are kept"):
+        streamquant.plan(tmp_path / "out", scheme="FP8_DYNAMIC", kv_cache="fp8")
+    name = "model.layers.1.self_attn.v_scale"
+    write_checkpoint(
+        tmp_path / "wrong", tensors | {name: torch.zeros(1)}, config=json.loads((tmp_path / "out" / "config.json").read_text())
+    )
+    assert streamquant.verify(tmp_path / "wrong").problems == [f"{name} is not finite and positive"]
+
+
+def test_caches_that_cannot_be_measured_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": 4096,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+    }
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 2}
+    latent = {
+        "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+    }  # fmt: skip
+    cases = {"gpt_oss": (experts, "were not seen: the model computes attention by itself"), "deepseek_v3": (latent, "nothing to measure")}
+    for model_type, (more, said) in cases.items():
+        source = tmp_path / model_type
+        config = transformers.AutoConfig.for_model(model_type, **sizes | more)
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(source)
+        for name in TOKENIZER:
+            (source / name).write_bytes((WIKI_LLAMA / name).read_bytes())
+        with pytest.raises(RequestError, match=said):
+            streamquant.convert(
+                source, tmp_path / "out", scheme="attention=FP8_DYNAMIC,FP8_DYNAMIC", kv_cache="fp8", restart=True, **options
+            )
+    with pytest.raises(RequestError, match="--kv-cache takes calibration data: add --calibration-data"):
+        streamquant.convert(WIKI_LLAMA, tmp_path / "none", scheme="W4A16", kv_cache="fp8")
+    with pytest.raises(RequestError, match="stated in the config of compressed-tensors, and there will be none"):
+        streamquant.convert(WIKI_LLAMA, tmp_path / "none", scheme="FP8_BLOCK", format="fp8", kv_cache="fp8", **options)
+    with pytest.raises(RequestError, match="unknown KV cache 'int4'; known are fp8"):
+        streamquant.plan(WIKI_LLAMA, scheme="W4A16", kv_cache="int4")

@@ -278,6 +278,29 @@ def test_hessians_of_experts_that_would_be_too_large_are_shared(experts: Path, t
     assert len(made) <= 2 * (2 + 2 + 4)  # of a layer: q, k and v; o; the router; gate and up of all experts; down of each
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_stacks_of_experts_that_are_kept_stay_as_they_are(tmp_path: Path, method: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(
+        "gpt_oss", vocab_size=4096, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+        num_local_experts=2, num_experts_per_tok=1, num_key_value_heads=2,
+    )  # fmt: skip
+    source = tmp_path / "source"
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(source)
+    for name in TOKENIZER:
+        (source / name).write_bytes((WIKI_LLAMA / name).read_bytes())
+    report = convert(source, tmp_path / "out", scheme="attention=W8A16", group_size=16, method=method)
+    assert report.calibration is not None
+    assert {record.name.rpartition(".self_attn.")[2] for record in report.calibration.records if not record.is_pair} == {
+        f"{leaf}_proj.weight" for leaf in "qkvo"
+    }
+    before, after = read_tensors(source), read_tensors(tmp_path / "out")
+    stacks = [name for name, tensor in before.items() if ".experts." in name and tensor.ndim == 3]
+    assert stacks
+    assert all(torch.equal(before[name], after[name]) for name in stacks)
+    assert streamquant.verify(tmp_path / "out", against=source).problems == []
+
+
 # --- what cannot be --------------------------------------------------------------------------------------------------
 
 

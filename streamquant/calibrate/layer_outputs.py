@@ -11,7 +11,7 @@ from streamquant.checkpoint.header import TensorSpec
 from streamquant.checkpoint.journal import Journal
 from streamquant.checkpoint.writer import ShardWriter, StepWriter
 from streamquant.lazy import torch
-from streamquant.plan import Copy, Encode, Member, Plan, Shard, Step
+from streamquant.plan import Copy, Encode, Measure, Member, Plan, Shard, Step
 from streamquant.stored import TORCH_DTYPES
 
 if TYPE_CHECKING:
@@ -41,11 +41,10 @@ class LayerOutputs:
         self._work, self._journal = work, journal
         self._writers: dict[str, ShardWriter] = {}
         self._pending: dict[str, dict[Address, StepWriter]] = {}
-        self.address_of: dict[str, Address] = {}  # by the name of a weight or tensor of the source
+        self.address_of: dict[str, Address] = {}  # by the name of a weight or tensor of the source, or of a module that is measured
         for shard in plan.shards:
             for index, step in enumerate(shard.steps):
-                names = [step.source.name] if isinstance(step, Copy) else [member.weight.name for member in step.members]
-                self.address_of.update(dict.fromkeys(names, Address(shard, index)))
+                self.address_of.update(dict.fromkeys(_names(step), Address(shard, index)))
 
     def __enter__(self) -> Self:
         return self
@@ -53,6 +52,11 @@ class LayerOutputs:
     def __exit__(self, *exc: object) -> None:
         for writer in self._writers.values():
             writer.close()
+
+    def step_of(self, name: str) -> Step | None:
+        """What happens to a weight or tensor of the source; None for an expert whose stack is copied whole."""
+        address = self.address_of.get(name)
+        return None if address is None else address.step
 
     def is_finished(self, address: Address) -> bool:
         """Whether this run, or an earlier one, has the step on the disk."""
@@ -71,7 +75,7 @@ class LayerOutputs:
 
         Shards without a step that quantizes are noted first: when the steps that tell that a layer is finished are noted, all of it is.
         """
-        quantizes = {file: any(isinstance(address.step, Encode) for address in outputs) for file, outputs in self._pending.items()}
+        quantizes = {file: any(not isinstance(address.step, Copy) for address in outputs) for file, outputs in self._pending.items()}
         for file in sorted(self._pending, key=lambda file: quantizes[file]):
             writer, outputs = self._writers[file], self._pending[file]
             writer.flush()
@@ -105,3 +109,9 @@ class LayerOutputs:
             finished = self._journal.steps[shard.file]
             self._writers[shard.file] = ShardWriter(part, header=shard.header, num_bytes=shard.num_bytes, finished=finished)
         return self._writers[shard.file]
+
+
+def _names(step: Step) -> list[str]:
+    if isinstance(step, Copy):
+        return [step.source.name]
+    return [step.module] if isinstance(step, Measure) else [member.weight.name for member in step.members]

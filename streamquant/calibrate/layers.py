@@ -35,12 +35,12 @@ from streamquant.checkpoint.writer import write_file
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.inputs import Weight, read_tensor
 from streamquant.lazy import torch
-from streamquant.plan import Copy, Encode, Member, Plan, Step
+from streamquant.plan import Copy, Encode, Measure, Member, Plan, Step
 from streamquant.schemes import Scheme
 from streamquant.schemes.kernels import Kernels
 from streamquant.schemes.plain import Plain
-from streamquant.schemes.rounding import FP4_MAX
-from streamquant.schemes.scheme import Activations
+from streamquant.schemes.rounding import FP4_MAX, FP8_MAX
+from streamquant.schemes.scheme import Activations, round_scale
 from streamquant.schemes.units import Scales, dequantize
 from streamquant.stored import TORCH_DTYPES
 
@@ -147,7 +147,8 @@ class LayerCalibration:
         self._require_inputs({name for names in layers for name in names})
         finished = [all(self.outputs.is_finished(address) for address in self._steps_of(names)) for names in layers]
         records = self._earlier_records(finished)
-        num_weights = sum(len(_encode(address).members) for names in layers for address in self._steps_of(names))
+        steps = [address.step for names in layers for address in self._steps_of(names)]
+        num_weights = sum(len(step.members) for step in steps if isinstance(step, Encode))
         self._require_few_fallbacks(records, num_weights)
         if all(finished):
             return records
@@ -178,17 +179,20 @@ class LayerCalibration:
     # --- what a layer is made of ------------------------------------------------------------------------------------
 
     def _steps_of(self, names: Sequence[str]) -> list[Address]:
-        """The steps of a layer that quantize its weights."""
-        addresses = dict.fromkeys(self.outputs.address_of[name] for name in names if self._is_matrix(name))
-        return [address for address in addresses if _is_calibrated(address.step)]
+        """The steps of a layer that quantize its weights, and those that measure its keys and values."""
+        modules = dict.fromkeys(name.rpartition(".")[0].rpartition(".")[0] for name in names)
+        places = [*filter(self._is_matrix, names), *modules]
+        addresses = dict.fromkeys(self.outputs.address_of[place] for place in places if place in self.outputs.address_of)
+        return [address for address in addresses if _is_calibrated(address.step) or isinstance(address.step, Measure)]
 
     def _read(self, name: str, *, finished: bool = False) -> Tensor:
         """A tensor of the checkpoint: float32 if it is a matrix; with `finished` as the output has it."""
-        address = self.outputs.address_of[name]
-        step = address.step
-        if finished and self.outputs.is_finished(address):
+        address = self.outputs.address_of.get(name)
+        if finished and address is not None and self.outputs.is_finished(address):
+            step = address.step
             if isinstance(step, Copy):
                 return self.outputs.read(address, step.output)
+            assert isinstance(step, Encode)
             member = next(member for member in step.members if member.weight.name == name)
             return self.outputs.read_member(address, member)
         if name not in self.weights:
@@ -265,6 +269,7 @@ class LayerCalibration:
         if self.method.scaling:
             records += self._move_scales(layer, tap, statistics, states.get(0, self.device), calls[0][index])
         records += self._solve(layer, names, statistics, tap)
+        self._store_cache_scales(names, tap)
         self._note([*earlier, *records])
         self.outputs.commit(self.nonfinite or set())
         self._advance(layer, states, calls)
@@ -309,14 +314,15 @@ class LayerCalibration:
             if only is None or linear in only:
                 collector.add(linear, input_TK)
 
-        with Tap(layer.module, add, every_expert=every_expert) as tap:
+        cache = any(isinstance(address.step, Measure) for address in self._steps_of(tuple(layer.sites)))
+        with Tap(layer.module, add, every_expert=every_expert, cache=cache) as tap:
             for _ in self._run(layer, states, calls):
                 pass
         collector.finish()
         return {name: collector.of(layer.linear(name)) for name in layer.weights}, tap
 
     def _needs_data(self, name: str) -> bool:
-        step = self.outputs.address_of[name].step
+        step = self.outputs.step_of(name)
         return isinstance(step, Encode) and step.scheme.needs_data
 
     # --- scales -----------------------------------------------------------------------------------------------------
@@ -328,7 +334,7 @@ class LayerCalibration:
         expected_BTH = self.skeleton.run(layer.module, hidden_BTH, call)
         records, changed = [], set[str]()
         for pair, offset in self._pairs(layer, tap):
-            problem = self._problem(pair) or self._does_not_hold(layer, pair, offset, hidden_BTH, call, expected_BTH)
+            problem = self._problem(pair, layer.sites) or self._does_not_hold(layer, pair, offset, hidden_BTH, call, expected_BTH)
             scaling = None if problem else self._scaling(layer, pair, statistics)
             if scaling is None or not scaling.helps:
                 records.append(Record(layer.index, pair.title, scheme=self.method.scaling, fallback=problem or "does not help"))
@@ -343,7 +349,7 @@ class LayerCalibration:
             size = sum(
                 _size([layer.weights[name]], own)
                 for name in pair.readers
-                if (own := statistics[name]) is not None and _is_calibrated(self.outputs.address_of[name].step)
+                if (own := statistics[name]) is not None and _is_calibrated(self.outputs.step_of(name))
             )
             records.append(
                 Record(
@@ -373,13 +379,15 @@ class LayerCalibration:
         for pair in linear_pairs({name: (weight.shape[0], weight.shape[1]) for name, weight in layer.weights.items()}):
             yield pair, 0.0
 
-    def _problem(self, pair: Pair) -> str:
+    def _problem(self, pair: Pair, sites: Mapping[str, Site]) -> str:
         """Why the scale of a pair cannot be moved, as far as the plan tells; or ""."""
-        steps = {name: self.outputs.address_of[name].step for name in pair.tensors & self.outputs.address_of.keys()}
+        steps = {name: self.outputs.step_of(name) for name in pair.tensors & sites.keys()}
         if not any(_is_calibrated(steps[name]) for name in pair.readers):
             return "nothing that reads it is quantized"
         fixed = next((name for name, step in steps.items() if not (_is_calibrated(step) or isinstance(step, Copy))), None)
-        return "" if fixed is None else f"{fixed} keeps the codes that the source has"
+        if fixed is None:
+            return ""
+        return f"{fixed} {'is a part of what is copied' if steps[fixed] is None else 'keeps the codes that the source has'}"
 
     def _does_not_hold(self, layer: _Layer, pair: Pair, offset: float, hidden_BTH: Tensor, call: Call, expected_BTH: Tensor) -> str:
         """Why not: with a scale moved the layer gives something else. Or ""."""
@@ -404,7 +412,7 @@ class LayerCalibration:
             return None
         readers, group_size, is_exact = [], 1, pair.bias in layer.vectors
         for name in pair.readers:
-            step, own = self.outputs.address_of[name].step, statistics[name]
+            step, own = self.outputs.step_of(name), statistics[name]
             if own is None or not _is_calibrated(step):
                 continue
             weight_NK, unit = layer.weights[name], step.scheme.unit(layer.weights[name].shape[1])
@@ -414,7 +422,7 @@ class LayerCalibration:
             readers.append(Reader(weight_NK, own, round_weight, _steps(step.scheme.activations, weight_NK.shape[1])))
             group_size = unit[1]
         if not pair.is_norm:
-            is_exact = is_exact or not _is_calibrated(self.outputs.address_of[pair.giver].step)
+            is_exact = is_exact or not _is_calibrated(self.outputs.step_of(pair.giver))
         if self.method.scaling == "smoothquant":
             return smooth_scale(readers, seen, strength=SMOOTHING, powers_of_two=is_exact)
         return search_scale(readers, seen, group_size=group_size, powers_of_two=is_exact)
@@ -422,7 +430,7 @@ class LayerCalibration:
     # --- solving ----------------------------------------------------------------------------------------------------
 
     def _solve(self, layer: _Layer, names: Sequence[str], statistics: Mapping[str, Statistics | None], tap: Tap) -> list[Record]:
-        addresses = self._steps_of(names)
+        addresses = [address for address in self._steps_of(names) if isinstance(address.step, Encode)]
         amax = self._input_amax(layer, statistics) if any(_scheme(address).needs_data for address in addresses) else {}
         jobs = [job for address in addresses for job in self._jobs(address, layer, statistics, amax)]
         stored: defaultdict[Address, list[Any]] = defaultdict(list)
@@ -454,6 +462,19 @@ class LayerCalibration:
         for address, tensors in stored.items():
             self.outputs.write(address, tensors)
         return records
+
+    def _store_cache_scales(self, names: Sequence[str], tap: Tap) -> None:
+        """amax / 448 of keys and of values, a tensor each."""
+        for address in self._steps_of(names):
+            step = address.step
+            if not isinstance(step, Measure):
+                continue
+            amax = tap.cache_amax
+            if amax is None or not all(0 < largest < math.inf for largest in amax):
+                found = "were not seen: the model computes attention by itself" if amax is None else f"have the largest magnitudes {amax}"
+                raise RequestError(f"{step.module}: its keys and values {found}; leave out --kv-cache")
+            scales = [round_scale(torch.tensor([largest / FP8_MAX]), TORCH_DTYPES[step.k_scale.dtype]) for largest in amax]
+            self.outputs.write(address, list(zip(step.outputs, scales, strict=True)))
 
     def _input_amax(self, layer: _Layer, statistics: Mapping[str, Statistics | None]) -> dict[str, float]:
         """The largest magnitude that each weight is multiplied with.
@@ -553,7 +574,7 @@ class LayerCalibration:
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def _is_calibrated(step: Step) -> TypeGuard[Encode]:
+def _is_calibrated(step: Step | None) -> TypeGuard[Encode]:
     """Whether a step quantizes plain numbers."""
     return isinstance(step, Encode) and not step.keeps_codes and not isinstance(step.scheme, Plain)
 

@@ -60,6 +60,7 @@ def make_calibration_wish(
     method: str,
     schemes: Iterable[Scheme],
     *,
+    fp8_cache: bool = False,
     max_fallback: float | None = None,
     compute_dtype: str | None = None,
     **options: Any,
@@ -72,6 +73,7 @@ def make_calibration_wish(
         raise RequestError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
     given = {name: value for name, value in options.items() if value is not None}
     measured = next((scheme.preset for scheme in schemes if scheme.needs_data), None)
+    needs_data = measured is not None or fp8_cache
     found = METHODS[method]
     if found is None:
         others = {"max_fallback": max_fallback, "compute_dtype": compute_dtype}
@@ -81,10 +83,14 @@ def make_calibration_wish(
                 f"{measured} stores activation scales, which take calibration data; without data use {WITHOUT_DATA[measured]}, "
                 "else add --calibration-data, or --samples of the text that comes with the package"
             )
-        if measured is None and ignored:
+        if fp8_cache and not given:
+            raise RequestError(
+                "--kv-cache takes calibration data: add --calibration-data, or --samples of the text that comes with the package"
+            )
+        if not needs_data and ignored:
             flags = ", ".join("--calibration-data" if name == "data" else f"--{name.replace('_', '-')}" for name in ignored)
             raise RequestError(f"{flags}: method {method} takes no data; choose another --method: {', '.join(list(METHODS)[1:])}")
-        if measured is None:
+        if not needs_data:
             return None
         found = MEASURING
     most = DEFAULT_MAX_FALLBACK if max_fallback is None else max_fallback

@@ -52,11 +52,14 @@ class Tap(TorchFunctionMode):
     """While it is entered, hands on the input of every product with a parameter of a layer, as [T, K] and as it is given.
 
     With `every_expert`, each expert is given all tokens once beforehand, for the tap alone, and what then is routed to it is only
-    counted. Experts of Llama 4, which are all run at once, show only what is routed to them.
+    counted. Experts of Llama 4, which are all run at once, show only what is routed to them. With `cache` the keys and values of
+    attention are looked at as well.
     """
 
-    def __init__(self, layer: nn.Module, on_input: OnInput, *, every_expert: bool):
+    def __init__(self, layer: nn.Module, on_input: OnInput, *, every_expert: bool, cache: bool = False):
         super().__init__()
+        self._cache = cache
+        self.cache_amax: tuple[float, float] | None = None  # the largest magnitudes of keys, with their positions, and of values
         self._layer, self._on_input, self._every_expert = layer, on_input, every_expert
         self._norms = {f"{name}.weight": module for name, module in layer.named_modules() if _is_norm(module)}
         self._experts = {name: module for name, module in layer.named_modules() if _num_experts(module)}
@@ -174,6 +177,8 @@ class Tap(TorchFunctionMode):
         del types
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if self._cache and func is F.scaled_dot_product_attention:
+            self._note_cache(*args, **kwargs)
         tensors = list(_tensors((args, kwargs)))
         if tensors:
             self._observe(func, tensors, args, kwargs, result)
@@ -191,6 +196,11 @@ class Tap(TorchFunctionMode):
             if tensor in self._norm_of and not (name in LIKE and tensor is not tensors[0]):
                 parameter = place[0] if tensor is input_ and place is not None else None
                 self._note_reader(self._norm_of[tensor], tensor, name, parameter, result)
+
+    def _note_cache(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> None:
+        del query, args, kwargs
+        before = self.cache_amax or (0.0, 0.0)
+        self.cache_amax = max(before[0], float(key.abs().amax())), max(before[1], float(value.abs().amax()))
 
     def _note_reader(self, norm: str, tensor: Tensor, name: str, parameter: str | None, result: Any) -> None:
         if parameter is not None:
