@@ -1,6 +1,7 @@
 """streamquant and llm-compressor's `oneshot` calibrating the same models with the same tokens, side by side.
 
     python benchmarks/calibrate.py --peer-python PYTHON [--models DIR ...] [--methods gptq awq] [--evaluate TEXT]
+    python benchmarks/calibrate.py --peer-python PYTHON --synthetic 2 --samples 32 --repeats 1
 
 PYTHON is the interpreter of an environment with llmcompressor; without it streamquant runs alone. Runs alternate, so that whatever else
 the machine does falls on both; figures are medians of time and largest peaks of memory, of whole processes from the start of Python on,
@@ -11,7 +12,11 @@ What is the same: the tokens (streamquant chooses windows of the text by its see
 of them run through a layer at a time, the scheme, minmax as the observer, which modules are quantized, and what is stored: a line tells
 if the outputs do not have the same tensors by name, dtype and shape. All else is as each program has it by default: llm-compressor runs
 the model in the dtype of the checkpoint, with GPTQ in blocks of 128 columns, dampening 0.01 and actorder static, with AWQ a grid of 20
-and its mappings for the architecture; streamquant runs it in float32, flushes its output to the disk and reads it back.
+and its mappings for the architecture; streamquant runs products in bfloat16 where the processor has instructions for it
+(--compute-dtype) and all else in float32, flushes its output to the disk and reads it back.
+
+--synthetic measures, instead of models on the disk, one in the shape of Llama with random weights and the tokenizer of wiki-llama: memory
+and time of layers of an ordinary size, of which nothing can be said about quality.
 
 Seconds per layer are the median over the decoder layers of all runs: what streamquant's --log-json says of each, which includes reading
 the weights and writing the codes; and the time from a pass of calibration to that of the next layer in llm-compressor's sequential
@@ -38,6 +43,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import (
+    GIGABYTE,
     Measurement,
     alternate,
     largest_anonymous,
@@ -49,10 +55,11 @@ from measure import (
     print_row,
     streamquant_command,
 )
+from synthetic import llama, write_checkpoint
 
 import streamquant
 from streamquant.calibrate.data import CalibrationOptions, load_calibration, load_tokenizer
-from streamquant.calibrate.layers import BATCH_TOKENS
+from streamquant.calibrate.layers import tokens_of_batch
 from streamquant.checkpoint.checkpoint import read_checkpoint
 from streamquant.checkpoint.local import LocalSource
 from streamquant.memory import available_cpus
@@ -134,6 +141,8 @@ def main() -> None:
     parser.add_argument("--peer-python", type=Path, metavar="PYTHON", help="interpreter of an environment with llmcompressor")
     parser.add_argument("--models", nargs="+", type=Path, default=[WIKI_LLAMA], metavar="DIR")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["gptq", "awq"])
+    parser.add_argument("--synthetic", type=float, metavar="GIGABYTES", help="a model of random weights instead")
+    parser.add_argument("--compute-dtype", default="auto", help="of streamquant")
     parser.add_argument("--scheme", default="W4A16", help="a preset that both programs know")
     parser.add_argument("--group-size", type=int, metavar="N", help="that of the preset if not given")
     parser.add_argument("--text", type=Path, metavar="FILE", help="to calibrate with; the default text of streamquant if not given")
@@ -148,10 +157,18 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="calibrate-", dir=arguments.folder))
     try:
         _print_starts(folder, arguments)
-        for model in arguments.models:
+        for model in arguments.models if arguments.synthetic is None else [_synthetic(folder / "synthetic", arguments.synthetic)]:
             _compare(model.resolve(), folder, arguments)
     finally:
         shutil.rmtree(folder)
+
+
+def _synthetic(folder: Path, gigabytes: float) -> Path:
+    tensors, config = llama(round(gigabytes * GIGABYTE))
+    write_checkpoint(folder, tensors, config, shard_bytes=GIGABYTE)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(WIKI_LLAMA / name, folder / name)
+    return folder
 
 
 def _print_starts(folder: Path, arguments: argparse.Namespace) -> None:
@@ -228,7 +245,8 @@ def _programs(method: str, model: Path, folder: Path, ignored: Sequence[str], ar
         return [ours]
     out = folder / f"{method}-peer"
     settings = [method, arguments.scheme, str(arguments.group_size or ""), ",".join(ignored)]
-    batch = max(BATCH_TOKENS // arguments.sequence_length, 1)
+    widest = max(max(tensor.shape) for tensor in read_checkpoint(LocalSource(model)).tensors.values() if ".layers." in tensor.name)
+    batch = max(tokens_of_batch(widest) // arguments.sequence_length, 1)
     command = [str(arguments.peer_python.absolute()), "-c", PEER_CODE, str(model), str(out), *settings, str(batch)]
     return [ours, Program(PEER, [*command, str(folder / "tokens.json"), str(seconds)], out, lambda: json.loads(seconds.read_text()))]
 
@@ -239,6 +257,7 @@ def _our_command(model: Path, out: Path, method: str, arguments: argparse.Namesp
         command += ["--group-size", str(arguments.group_size)]
     if method != "rtn":
         command += ["--samples", str(arguments.samples), "--sequence-length", str(arguments.sequence_length)]
+        command += ["--compute-dtype", arguments.compute_dtype]
         if arguments.text is not None:
             command += ["--calibration-data", str(arguments.text.resolve())]
     return [*command, "--quiet", *options]

@@ -224,7 +224,7 @@ class LayerCalibration:
         """What enters the first layer, and the calls of all layers, for each batch of samples of one length."""
         self.skeleton.load_outer(self._read)
         widest = max((max(self.weights[name].shape) for name in self.skeleton.sites(0) if self._is_matrix(name)), default=1)
-        batches = list(_batches(self.calibration.samples, max_tokens=min(BATCH_TOKENS, BATCH_ELEMENTS // widest)))
+        batches = list(_batches(self.calibration.samples, max_tokens=tokens_of_batch(widest)))
         hidden_size = self.skeleton.hidden_size
         shapes = [(*batch.shape, hidden_size) for batch in batches]
         states = HiddenStates(shapes, dtype=self.skeleton.dtype, max_bytes=max_bytes, file=self.work / "hidden-states.part")
@@ -596,6 +596,11 @@ def _most(several: Iterable[Statistics | None]) -> Statistics | None:
 def _starves(tap: Tap, site: Site) -> bool:
     routed = tap.routed_tokens(site)
     return routed is not None and routed < FEW_TOKENS
+
+
+def tokens_of_batch(widest: int) -> int:
+    """How many tokens run through a layer together, whose widest matrix has so many rows or columns."""
+    return min(BATCH_TOKENS, BATCH_ELEMENTS // widest)
 
 
 def _batches(samples: Sequence[Tensor], *, max_tokens: int) -> Iterator[Tensor]:
