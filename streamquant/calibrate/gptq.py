@@ -15,7 +15,7 @@ Legend: schemes/scheme.py; B columns of a block; columns are in reverse order in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -252,14 +252,10 @@ def _feed_back(
     error_KN = code_KN[order_K]  # first the targets
     total_N = torch.zeros(num_rows, dtype=torch.float64, device=weight_NK.device)
 
-    def quantize_range(start: int, end: int) -> None:
-        """Halves of a range, so that most products are of large matrices."""
-        if end - start > block_size:
-            middle = start + -(-(end - start) // (2 * block_size)) * block_size
-            quantize_range(middle, end)
+    for start, middle, end in _halves(0, num_columns, block_size):
+        if middle < end:
             error_KN[start:middle].addmm_(factor.factor_KK[start:middle, middle:end], error_KN[middle:end], alpha=-1)
-            quantize_range(start, middle)
-            return
+            continue
         here = slice(start, end)
         zero_BN = None if zero_CN is None else zero_CN[unit_K[here]]
         block = Block(code_KN[order_K[here]], error_KN[here], factor.factor_KK[here, here], scale_CN[unit_K[here]], zero_BN)
@@ -267,9 +263,21 @@ def _feed_back(
         total_N.add_(residual_BN.mul_(factor.diagonal_K[here, None]).square_().sum(0))
         total_N.sub_(error_BN.square().sum(0), alpha=factor.damping)
         code_KN[order_K[here]], error_KN[here] = code_BN, error_BN
-
-    quantize_range(0, num_columns)
     return code_KN.T.contiguous(), total_N.clamp_(min=0.0)
+
+
+def _halves(start: int, end: int, block_size: int) -> Iterator[tuple[int, int, int]]:
+    """A block is start, end, end; start, middle, end is the time to make good in the lower half what the upper half lost.
+
+    By halves, so that most products are of large matrices.
+    """
+    if end - start <= block_size:
+        yield start, end, end
+        return
+    middle = start + -(-(end - start) // (2 * block_size)) * block_size
+    yield from _halves(middle, end, block_size)
+    yield start, middle, end
+    yield from _halves(start, middle, block_size)
 
 
 def _by_columns(value_RC: Tensor, unit: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
