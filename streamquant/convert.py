@@ -6,12 +6,12 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from streamquant.calibrate.method import make_calibration_wish
 from streamquant.checkpoint.checkpoint import read_checkpoint, require_unchanged
@@ -37,7 +37,7 @@ from streamquant.verify import verify
 from streamquant.version import __version__
 
 if TYPE_CHECKING:
-    from streamquant.calibrate.run import CalibrationReport
+    from streamquant.calibrate.run import CalibrationReport, Preparation
 
 KV_CACHES: Final = ("fp8",)
 DEFAULT_MAX_SHARD_SIZE: Final = "5GB"
@@ -246,7 +246,6 @@ def convert(
         max_fallback=max_fallback,
         compute_dtype=compute_dtype,
     )
-    calibrated: CalibrationReport | None = None
     with ExitStack() as stack:
         opened = stack.enter_context(open_source(source, revision=revision, cache=cache))
         the_plan, inventory = _plan(
@@ -256,73 +255,27 @@ def convert(
             the_plan, kernels=found_kernels, devices=devices, max_memory=max_memory, max_gpu_memory=max_gpu_memory, threads=threads
         )
         _tell_plan(the_plan, memory, found_kernels)
-        data_of_job = None
+        preparation = None
         if calibration_wish is not None:
-            from streamquant.calibrate.run import calibrate, load_data, model_folder  # with transformers, which only this mode needs
+            from streamquant.calibrate.run import prepare  # with transformers, which only this mode needs
 
-            folder = stack.enter_context(model_folder(the_plan, opened))
-            calibration = load_data(calibration_wish, folder)
-            data_of_job = calibration_wish.to_json() | {"tokens": calibration.digest}
-        job = job_of(the_plan, allow_nonfinite=allow_nonfinite, calibration=data_of_job)
+            preparation = stack.enter_context(prepare(calibration_wish, the_plan, opened))
         if isinstance(opened, LocalSource):
             _refuse_overlap(opened.folder, out)
-        nonfinite: list[str] = []
-        resumed = len(the_plan.shards)
-        work = out / WORK_FOLDER
-        if not is_finished(out, job):
-            work.mkdir(parents=True, exist_ok=True)
-            with Journal(work, job, files=files_of(the_plan), restart=restart) as journal:
-                todo = [shard for shard in the_plan.shards if not is_done(shard, out, journal)]
-                resumed = len(the_plan.shards) - len(todo)
-                if resumed or any(journal.steps.values()):
-                    LOGGER.info(
-                        "going on where an earlier run was: %d of %d files are finished",
-                        resumed,
-                        len(the_plan.shards),
-                        extra={"event": "resume", "figures": {"finished_shards": resumed}},
-                    )
-                opened.prepare(list(the_plan.checkpoint.identity))
-                require_space(todo, out=out, work=work, temporary_bytes=spool_bytes(todo, memory))
-                done_bytes = 0
-                if calibration_wish is not None:
-                    total_bytes = bytes_to_do(todo, journal)
-                    calibrated = calibrate(
-                        the_plan,
-                        inventory,
-                        opened,
-                        calibration_wish,
-                        calibration,
-                        folder=folder,
-                        work=work,
-                        journal=journal,
-                        max_hidden_bytes=parse_size(DEFAULT_MEMORY[devices[0].type] if max_memory is None else max_memory),
-                        device=devices[0],
-                        kernels=found_kernels,
-                        allow_nonfinite=allow_nonfinite,
-                        on_progress=on_progress and (lambda name: on_progress(_progress(todo, journal, total_bytes, name))),
-                    )
-                    done_bytes = total_bytes - bytes_to_do(todo, journal)
-                with Trace(trace) as timeline:
-                    stream_shards(
-                        todo,
-                        opened,
-                        out=out,
-                        work=work,
-                        journal=journal,
-                        memory=memory,
-                        devices=devices,
-                        kernels=found_kernels,
-                        allow_nonfinite=allow_nonfinite,
-                        on_progress=on_progress and partial(_shifted, on_progress, done_bytes),
-                        trace=timeline,
-                    )
-                require_unchanged(the_plan.checkpoint, opened)
-                rescaled = [] if calibrated is None else calibrated.rescaled
-                finish(the_plan, opened, out=out, work=work, job=job, journal=journal, rescaled=rescaled)
-                nonfinite = sorted(journal.nonfinite)
-                shutil.rmtree(work)
-        elif work.is_dir():  # killed while it was being removed
-            shutil.rmtree(work)
+        work = _Work(
+            plan=the_plan,
+            inventory=inventory,
+            source=opened,
+            out=out,
+            job=job_of(the_plan, allow_nonfinite=allow_nonfinite, calibration=None if preparation is None else preparation.job),
+            memory=memory,
+            max_hidden_bytes=parse_size(DEFAULT_MEMORY[devices[0].type] if max_memory is None else max_memory),
+            devices=devices,
+            kernels=found_kernels,
+            allow_nonfinite=allow_nonfinite,
+            on_progress=on_progress,
+        )
+        done = work.do(preparation, restart=restart, trace=trace)
     LOGGER.info("reading %s back", out, extra={"event": "verify"})
     report = verify(out, checksums=False)  # they stem from the bytes just written
     if report.problems:
@@ -334,15 +287,97 @@ def convert(
         memory=memory,
         device=",".join(map(str, devices)),
         kernels=found_kernels.name,
-        resumed_shards=resumed,
-        nonfinite=tuple(nonfinite),
+        resumed_shards=done.resumed_shards,
+        nonfinite=done.nonfinite,
         seconds=time.monotonic() - started,
-        calibration=calibrated,
+        calibration=done.calibration,
     )
 
 
-def _progress(todo: Sequence[Shard], journal: Journal, total_bytes: int, name: str) -> Progress:
-    return Progress(total_bytes - bytes_to_do(todo, journal), total_bytes, name)
+class _Done(NamedTuple):
+    resumed_shards: int
+    nonfinite: tuple[str, ...] = ()
+    calibration: CalibrationReport | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """A conversion that may write."""
+
+    plan: Plan
+    inventory: Inventory
+    source: Source
+    out: Path
+    job: Mapping[str, Any]
+    memory: Memory
+    max_hidden_bytes: int  # of the hidden states of a calibration, in memory
+    devices: Sequence[torch.device]
+    kernels: Kernels
+    allow_nonfinite: bool
+    on_progress: OnProgress | None
+
+    def do(self, preparation: Preparation | None, *, restart: bool, trace: str | os.PathLike[str] | None) -> _Done:
+        """Write what is not written yet."""
+        folder = self.out / WORK_FOLDER
+        if is_finished(self.out, self.job):
+            if folder.is_dir():  # killed while it was being removed
+                shutil.rmtree(folder)
+            return _Done(len(self.plan.shards))
+        folder.mkdir(parents=True, exist_ok=True)
+        with Journal(folder, self.job, files=files_of(self.plan), restart=restart) as journal:
+            todo = [shard for shard in self.plan.shards if not is_done(shard, self.out, journal)]
+            done = _Done(len(self.plan.shards) - len(todo))
+            if done.resumed_shards or any(journal.steps.values()):
+                LOGGER.info(
+                    "going on where an earlier run was: %d of %d files are finished",
+                    done.resumed_shards,
+                    len(self.plan.shards),
+                    extra={"event": "resume", "figures": {"finished_shards": done.resumed_shards}},
+                )
+            self.source.prepare(list(self.plan.checkpoint.identity))
+            require_space(todo, out=self.out, work=folder, temporary_bytes=spool_bytes(todo, self.memory))
+            total_bytes = bytes_to_do(todo, journal)
+            if preparation is not None:
+                done = done._replace(calibration=self._calibrate(preparation, todo, folder, journal))
+            calibrated_bytes = total_bytes - bytes_to_do(todo, journal)
+            with Trace(trace) as timeline:
+                stream_shards(
+                    todo,
+                    self.source,
+                    out=self.out,
+                    work=folder,
+                    journal=journal,
+                    memory=self.memory,
+                    devices=self.devices,
+                    kernels=self.kernels,
+                    allow_nonfinite=self.allow_nonfinite,
+                    on_progress=self.on_progress and partial(_shifted, self.on_progress, calibrated_bytes),
+                    trace=timeline,
+                )
+            require_unchanged(self.plan.checkpoint, self.source)
+            rescaled = () if done.calibration is None else done.calibration.rescaled
+            finish(self.plan, self.source, out=self.out, work=folder, job=self.job, journal=journal, rescaled=rescaled)
+            done = done._replace(nonfinite=tuple(sorted(journal.nonfinite)))
+            shutil.rmtree(folder)
+        return done
+
+    def _calibrate(self, preparation: Preparation, todo: Sequence[Shard], folder: Path, journal: Journal) -> CalibrationReport:
+        from streamquant.calibrate.run import calibrate
+
+        return calibrate(
+            preparation,
+            self.plan,
+            self.inventory,
+            self.source,
+            todo=todo,
+            work=folder,
+            journal=journal,
+            max_hidden_bytes=self.max_hidden_bytes,
+            device=self.devices[0],
+            kernels=self.kernels,
+            allow_nonfinite=self.allow_nonfinite,
+            on_progress=self.on_progress,
+        )
 
 
 def _shifted(on_progress: OnProgress, done_bytes: int, progress: Progress) -> None:

@@ -135,6 +135,19 @@ def test_nothing_of_the_source_is_stored_and_no_byte_is_fetched_twice(serve: Sta
         assert set(counts.values()) == {1}  # but for what was read with the header
 
 
+def test_a_model_on_the_hub_is_calibrated_like_one_on_the_disk(serve: Start, tmp_path: Path) -> None:
+    """Layers are fetched over several connections, through faults, and what calibration has finished is not fetched again."""
+    pytest.importorskip("transformers")
+    wish: dict[str, Any] = {"scheme": "W4A16", "method": "gptq", "samples": 4, "sequence_length": 64}
+    expected = converted(WIKI_LLAMA, tmp_path / "disk", **wish)
+    hub = serve(WIKI_LLAMA)
+    for kind in ("503", "reset"):
+        hub.fail("*.safetensors", kind, times=2, host="cdn")
+    assert converted(REPO, tmp_path / "hub", **wish) == expected
+    sizes = sum(path.stat().st_size for path in WIKI_LLAMA.glob("*.safetensors"))
+    assert sum(end - start for start, end in bodies(hub, ".safetensors")) < 1.5 * sizes
+
+
 def test_small_tensors_are_fetched_together_and_large_ones_in_parts(serve: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {f"model.layers.{index}.norm.weight": weight(64, seed=index) for index in range(200)}
     tensors |= {"model.layers.0.mlp.up_proj.weight": weight(4096, 2048)}

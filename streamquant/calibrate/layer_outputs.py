@@ -41,6 +41,7 @@ class LayerOutputs:
         self._work, self._journal = work, journal
         self._writers: dict[str, ShardWriter] = {}
         self._pending: dict[str, dict[Address, StepWriter]] = {}
+        self.finished_bytes = 0  # of the source, of steps that this run has finished
         self.address_of: dict[str, Address] = {}  # by the name of a weight or tensor of the source, or of a module that is measured
         for shard in plan.shards:
             for index, step in enumerate(shard.steps):
@@ -82,6 +83,7 @@ class LayerOutputs:
             steps = {address.number: output.checksum for address, output in outputs.items()}
             writer.finished.update(steps)
             self._journal.record_steps(file, steps, nonfinite)
+            self.finished_bytes += sum(address.step.source_bytes for address in outputs)
         self._pending.clear()
 
     def read(self, address: Address, spec: TensorSpec) -> Tensor:

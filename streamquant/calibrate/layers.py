@@ -14,6 +14,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from streamquant.checkpoint.writer import write_file
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.inputs import Weight, read_tensor
 from streamquant.lazy import torch
+from streamquant.names import fold
 from streamquant.plan import Copy, Encode, Measure, Member, Plan, Step
 from streamquant.schemes import Scheme
 from streamquant.schemes.kernels import Kernels
@@ -132,7 +134,7 @@ class LayerCalibration:
     kernels: Kernels
     compute_dtype: torch.dtype  # of products while layers are run; all else of them is float32
     nonfinite: set[str] | None  # takes names of weights with NaN and infinities, which count as zeros; None if they are an error
-    on_progress: Callable[[str], None] | None
+    on_progress: Callable[[str], None] | None  # told what is worked on
 
     @property
     def _records_file(self) -> Path:
@@ -153,6 +155,7 @@ class LayerCalibration:
         if all(finished):
             return records
         states, calls = self._first_states(max_hidden_bytes)
+        seconds: list[float] = []
         for index, names in enumerate(layers):
             started = time.monotonic()
             if finished[index]:
@@ -161,9 +164,8 @@ class LayerCalibration:
             of_layer = self._layer(index, names, states, calls, records)
             records += of_layer
             self._require_few_fallbacks(records, num_weights)
-            self._tell(index, of_layer, time.monotonic() - started)
-            if self.on_progress is not None:
-                self.on_progress(names[-1])
+            seconds.append(time.monotonic() - started)
+            self._tell(index, of_layer, seconds, num_left=len(layers) - 1 - index)
         return records
 
     def _require_inputs(self, in_layers: Set[str]) -> None:
@@ -209,9 +211,9 @@ class LayerCalibration:
 
     def _load(self, index: int, names: Sequence[str], *, finished: bool) -> _Layer:
         layer = _Layer(index, self.skeleton.layer(index), self.skeleton.sites(index))
-        for name in names:
-            tensor = self._read(name, finished=finished).to(self.device)
-            (layer.weights if self._is_matrix(name) else layer.vectors)[name] = tensor
+        with ThreadPoolExecutor(max(self.source.num_connections, 1)) as threads:
+            for name, tensor in zip(names, threads.map(partial(self._read, finished=finished), names), strict=True):
+                (layer.weights if self._is_matrix(name) else layer.vectors)[name] = tensor.to(self.device)
         self.skeleton.load_layer(index, layer.read)
         return layer
 
@@ -249,6 +251,7 @@ class LayerCalibration:
             torch.autocast, self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32, cache_enabled=False
         )
         for number, of_layers in enumerate(calls):
+            self._say(f"layer {layer.index + 1} of {self.skeleton.num_layers}, batch {number + 1} of {len(calls)}")
             with in_compute_dtype():
                 hidden_BTH = self.skeleton.run(layer.module, states.get(number, self.device), of_layers[layer.index])
             yield number, hidden_BTH.float()
@@ -436,6 +439,7 @@ class LayerCalibration:
         stored: defaultdict[Address, list[Any]] = defaultdict(list)
         records = []
         for group in _stacks(jobs):
+            self._say(group[0].member.weight.name)
             solution, errors = self._solution(group)
             for job, solved, (before, after) in zip(group, _split(group, solution), errors, strict=True):
                 stored[job.address] += _stored(job, solved)
@@ -551,24 +555,33 @@ class LayerCalibration:
                 "give more --samples, or a higher --max-fallback"
             )
 
-    def _tell(self, index: int, records: Sequence[Record], seconds: float) -> None:
-        solved = [record for record in records if not record.is_pair]
-        before, after = (
-            sum(values) / max(len(solved), 1) for values in ([r.error_before for r in solved], [r.error_after for r in solved])
-        )
-        errors = f"error of outputs {before:.3g} -> {after:.3g}" if self.method.uses_hessians else "inputs measured"
+    def _say(self, where: str) -> None:
+        if self.on_progress is not None:
+            self.on_progress(where)
+
+    def _tell(self, index: int, records: Sequence[Record], seconds: Sequence[float], *, num_left: int) -> None:
+        """What became of a layer; `seconds` are those of all so far."""
+        errors: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
+        for record in records:
+            if not record.is_pair:
+                name = fold(record.name).partition(".*.")[2].removesuffix(".weight")
+                errors[name].append((record.error_before, record.error_after))
+        means = {name: tuple(sum(column) / len(column) for column in zip(*several, strict=True)) for name, several in errors.items()}
+        left = num_left * sum(seconds) / len(seconds)
+        said = ", ".join(f"{name} {before:.2g} -> {after:.2g}" for name, (before, after) in means.items() if before)
         LOGGER.info(
-            "layer %d of %d: %d weights, %s, %.1f s",
+            "layer %d of %d: %s, %.1f s, %.0f s left for layers",
             index + 1,
             self.skeleton.num_layers,
-            len(solved),
-            errors,
-            seconds,
+            f"error of {said}" if said else "inputs measured",
+            seconds[-1],
+            left,
             extra={
                 "event": "layer",
-                "figures": {"layer": index, "error_before": before, "error_after": after, "seconds": round(seconds, 3)},
+                "figures": {"layer": index, "errors": means, "seconds": round(seconds[-1], 3), "seconds_left": round(left, 1)},
             },
         )
+        self._say(records[-1].name)
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------

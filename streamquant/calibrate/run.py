@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +20,9 @@ from streamquant.checkpoint.source import Source
 from streamquant.errors import RequestError
 from streamquant.inputs import Inventory, Stack
 from streamquant.lazy import torch
-from streamquant.plan import Plan
+from streamquant.plan import Plan, Shard
 from streamquant.schemes.kernels import Kernels
+from streamquant.stream import OnProgress, Progress, bytes_to_do
 
 CONFIG_NAME = "config.json"
 MAX_FILE_BYTES = 256 << 20  # of a tokenizer
@@ -82,28 +83,45 @@ def model_folder(plan: Plan, source: Source) -> Iterator[Path]:
         yield Path(folder)
 
 
-def load_data(wish: CalibrationWish, folder: Path) -> Calibration:
-    """The tokens to calibrate with."""
-    return load_calibration(wish.options, load_tokenizer(folder))
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What a calibration needs, known before anything is written."""
+
+    wish: CalibrationWish
+    folder: Path  # with the config of the model
+    data: Calibration
+
+    @property
+    def job(self) -> dict[str, Any]:
+        """What the output depends on."""
+        return self.wish.to_json() | {"tokens": self.data.digest}
+
+
+@contextmanager
+def prepare(wish: CalibrationWish, plan: Plan, source: Source) -> Iterator[Preparation]:
+    """Read config, tokenizer and data."""
+    with model_folder(plan, source) as folder:
+        yield Preparation(wish, folder, load_calibration(wish.options, load_tokenizer(folder)))
 
 
 def calibrate(
+    preparation: Preparation,
     plan: Plan,
     inventory: Inventory,
     source: Source,
-    wish: CalibrationWish,
-    calibration: Calibration,
     *,
-    folder: Path,
+    todo: Sequence[Shard],
     work: Path,
     journal: Journal,
     max_hidden_bytes: int,
     device: torch.device,
     kernels: Kernels,
     allow_nonfinite: bool,
-    on_progress: Callable[[str], None] | None,
+    on_progress: OnProgress | None,
 ) -> CalibrationReport:
-    """Finish everything in the decoder layers that the method changes. `on_progress` is called with the name of what was just done."""
+    """Finish everything in the decoder layers that the method changes. `todo`: the shards that no earlier run has finished."""
+    wish, data = preparation.wish, preparation.data
+    total_bytes = bytes_to_do(todo, journal)
     nonfinite: set[str] | None = set() if allow_nonfinite else None
     biases = [bias for item in inventory.items if isinstance(item, Stack) for bias in item.biases]
     with torch.inference_mode(), LayerOutputs(plan, work=work, journal=journal) as outputs:
@@ -111,8 +129,8 @@ def calibrate(
             plan=plan,
             weights={weight.name: weight for weight in (*inventory.weights, *biases)},
             source=source,
-            skeleton=build_skeleton(folder, shapes_of(inventory), device=device),
-            calibration=calibration,
+            skeleton=build_skeleton(preparation.folder, shapes_of(inventory), device=device),
+            calibration=data,
             method=wish.method,
             max_fallback=wish.max_fallback,
             outputs=outputs,
@@ -121,10 +139,10 @@ def calibrate(
             kernels=kernels,
             compute_dtype=find_compute_dtype(wish.compute_dtype, device),
             nonfinite=nonfinite,
-            on_progress=on_progress,
+            on_progress=on_progress and (lambda where: on_progress(Progress(outputs.finished_bytes, total_bytes, where))),
         )
         records = layers.run(max_hidden_bytes)
-    return CalibrationReport(wish.name, calibration.title, len(calibration.samples), calibration.num_tokens, tuple(records))
+    return CalibrationReport(wish.name, data.title, len(data.samples), data.num_tokens, tuple(records))
 
 
 def find_compute_dtype(name: str, device: torch.device) -> torch.dtype:
