@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 4096  # of sequences that are run together, at most
 BATCH_ELEMENTS = 1 << 24  # of the widest that a layer makes of them, if that is more than one sequence
-STACK_ELEMENTS = 1 << 26  # of weights with one input that are solved together
+STACK_ELEMENTS = 1 << 24  # of weights with one input that are solved together, if that is more than one
 FEW_TOKENS = 128  # routed to an expert: too few for a Hessian
 MAX_EXPERT_BYTES = 2 << 30  # of the Hessians of all experts of a layer
 HOLDS = 1e-2  # of what a layer adds: how much it may differ if a scale is moved, by rounding
@@ -105,7 +105,7 @@ class _Layer:
     index: int
     module: nn.Module
     sites: Mapping[str, Site]  # by names in the checkpoint
-    weights: dict[str, Tensor] = field(default_factory=dict)  # matrices, float32
+    weights: dict[str, Tensor] = field(default_factory=dict)  # matrices, float32, in the memory of the module as a rule
     vectors: dict[str, Tensor] = field(default_factory=dict)  # everything else, as stored
 
     def read(self, name: str) -> Tensor:
@@ -211,11 +211,23 @@ class LayerCalibration:
 
     def _load(self, index: int, names: Sequence[str], *, finished: bool) -> _Layer:
         layer = _Layer(index, self.skeleton.layer(index), self.skeleton.sites(index))
+        read = partial(self._read, finished=finished)
         with ThreadPoolExecutor(max(self.source.num_connections, 1)) as threads:
-            for name, tensor in zip(names, threads.map(partial(self._read, finished=finished), names), strict=True):
-                (layer.weights if self._is_matrix(name) else layer.vectors)[name] = tensor.to(self.device)
-        self.skeleton.load_layer(index, layer.read)
+            tensors = threads.map(read, names) if self.source.num_connections else map(read, names)
+
+            def load(name: str) -> Tensor:
+                tensor = next(tensors)  # in the order of the names
+                if not self._is_matrix(name):
+                    layer.vectors[name] = tensor.to(self.device)
+                return tensor
+
+            self.skeleton.load_layer(index, load)
+        self._view(layer, filter(self._is_matrix, names))
         return layer
+
+    def _view(self, layer: _Layer, names: Iterable[str]) -> None:
+        """Have the matrices of a layer as its module has them."""
+        layer.weights.update({name: self.skeleton.weight(layer.module, layer.sites[name]) for name in names})
 
     def _is_matrix(self, name: str) -> bool:
         return name in self.weights and not self.weights[name].is_vector
@@ -349,6 +361,7 @@ class LayerCalibration:
             statistics.update({name: scaled[id(old)] for name in pair.readers if (old := statistics[name]) is not None})
             changed |= pair.tensors & layer.sites.keys()
             self._put(layer, pair)
+            self._view(layer, pair.tensors & layer.weights.keys())
             size = sum(
                 _size([layer.weights[name]], own)
                 for name in pair.readers
@@ -394,13 +407,14 @@ class LayerCalibration:
 
     def _does_not_hold(self, layer: _Layer, pair: Pair, offset: float, hidden_BTH: Tensor, call: Call, expected_BTH: Tensor) -> str:
         """Why not: with a scale moved the layer gives something else. Or ""."""
+        before = replace(layer, weights={name: layer.weights[name].clone() for name in pair.tensors & layer.weights.keys()})
         moved = replace(layer, weights=dict(layer.weights), vectors=dict(layer.vectors))
         scale_K = torch.ones(layer.weights[pair.readers[0]].shape[1], device=self.device)
         scale_K[::2], scale_K[1::3] = 2.0, 0.5
         move_scale(pair, scale_K, moved.weights, moved.vectors, offset=offset)
         self._put(moved, pair)
         moved_BTH = self.skeleton.run(layer.module, hidden_BTH, call)
-        self._put(layer, pair)
+        self._put(before, pair)
         difference, size = (moved_BTH - expected_BTH).norm(), (expected_BTH - hidden_BTH).norm()  # without what goes past the layer
         return "" if difference <= HOLDS * size else "the layer is not the same with a scale moved"
 
@@ -446,7 +460,6 @@ class LayerCalibration:
                 scheme, site = _scheme(job.address), layer.sites[job.member.weight.name]
                 unit = scheme.unit(job.weight_NK.shape[1])
                 value_NK = dequantize(solved.code_NK, solved.scales.scale_RC, zero_RC=solved.scales.zero_RC, unit=unit)
-                layer.weights[job.member.weight.name] = value_NK
                 self.skeleton.set_weight(layer.module, site, value_NK)
                 tokens = 0 if job.statistics is None else job.statistics.num_tokens
                 routed = tap.routed_tokens(site)

@@ -158,6 +158,10 @@ class Skeleton:
         self._load(layer, f"{self.layer_prefix}{index}.", self._sites[index], read)
         return layer
 
+    def weight(self, layer: nn.Module, site: Site) -> Tensor:
+        """A matrix of a loaded layer: in the memory of its parameter if it lies there in one piece, else a copy."""
+        return site.view(_get(layer, site.parameter).detach()).contiguous()
+
     def set_weight(self, layer: nn.Module, site: Site, weight_NK: Tensor) -> None:
         """Put a matrix into its place in a loaded layer."""
         with torch.no_grad():
