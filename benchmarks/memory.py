@@ -4,8 +4,12 @@
     python benchmarks/memory.py --cgroup DIRECTORY  # a real memory limit, page cache included
 
 One shard of 4 GB with an embedding of 1 GB in it is converted with the default budget under a limit of 768 MiB (--limit); then a layer of
-Llama 4 Scout, whose experts are two transposed stacks of 2.7 and 1.3 GB; then a checkpoint of ten times the size, under the same limit. The
-large source is sparse (it reads as zeros and takes no disk) unless --full.
+Llama 4 Scout, whose experts are two transposed stacks of 2.7 and 1.3 GB; then a checkpoint of ten times the size, under the same limit.
+The large source is sparse (it reads as zeros and takes no disk) unless --full.
+
+With --method gptq (or another that calibrates) one Llama of 4 GB in 110 layers of 1024 columns is calibrated under the limit instead,
+with 32 sequences of 256 tokens; what it takes depends on the width of its layers, the vocabulary and the tokens, and not on the number of
+layers.
 
 DIRECTORY is a cgroup in which you may make groups: of version 2, delegated to you and with the memory controller handed down, as in
 
@@ -33,6 +37,8 @@ SOURCE_BYTES = 4_000_000_000
 HIDDEN, INTERMEDIATE = 4096, 14336  # the embedding is 1.05 GB
 SCHEMES = ("FP8_DYNAMIC", "W4A16", "NVFP4A16")
 LARGE_SCHEME = "W2A16"  # the output is real, so it should be small
+NARROW_HIDDEN, NARROW_INTERMEDIATE = 1024, 4096  # of the model that is calibrated
+TOKENIZER = Path(__file__).resolve().parents[1] / "examples" / "wiki-llama"
 V1_NAMES = ("memory.limit_in_bytes", "memory.max_usage_in_bytes")
 V2_NAMES = ("memory.max", "memory.peak")
 
@@ -46,6 +52,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=SCHEMES)
     parser.add_argument("--full", action="store_true", help="write the large source in full: 40 GB of disk")
     parser.add_argument("--skip-large", action="store_true")
+    parser.add_argument("--method", default="rtn", help="calibrate a model by this method instead")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="memory-", dir=arguments.folder))
     kind = "RLIMIT_DATA" if arguments.cgroup is None else "cgroup"
@@ -58,7 +65,10 @@ def main() -> None:
         dense = llama(SOURCE_BYTES, hidden=HIDDEN, intermediate=INTERMEDIATE)
         large = llama(10 * SOURCE_BYTES, hidden=HIDDEN, intermediate=INTERMEDIATE)
         sources = [("Llama", dense, arguments.schemes, False), ("3-D experts", stacked(1), arguments.schemes, False)]
-        if not arguments.skip_large:
+        if arguments.method != "rtn":
+            narrow = llama(SOURCE_BYTES, hidden=NARROW_HIDDEN, intermediate=NARROW_INTERMEDIATE)
+            sources = [(f"Llama, {arguments.method}", narrow, ["W4A16"], False)]
+        elif not arguments.skip_large:
             sources.append(("Llama", large, [LARGE_SCHEME], not arguments.full))
         for kind_of_model, (tensors, config), schemes, sparse in sources:
             total = sum(tensor.num_bytes for tensor in tensors)
@@ -67,8 +77,12 @@ def main() -> None:
                 print(f"| {total / 1e9:.1f} GB | | skipped: needs {needed / 1e9:.0f} GB of disk | | | | |")
                 continue
             write_checkpoint(folder / "source", tensors, config, shard_bytes=total, sparse=sparse)
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(TOKENIZER / name, folder / "source" / name)
             for scheme in schemes:
-                run, cgroup_peak = convert_limited(folder, scheme, limit_bytes=limit_bytes, cgroup=arguments.cgroup)
+                run, cgroup_peak = convert_limited(
+                    folder, scheme, method=arguments.method, limit_bytes=limit_bytes, cgroup=arguments.cgroup
+                )
                 failures += run.exit_code != 0
                 result = "converted" if run.exit_code == 0 else f"FAILED ({run.exit_code}): {run.output.strip()[-200:]}"
                 usage = "" if cgroup_peak is None else f"{cgroup_peak / MEGABYTE:.0f} MB"
@@ -81,9 +95,11 @@ def main() -> None:
     sys.exit(min(failures, 1))
 
 
-def convert_limited(folder: Path, scheme: str, *, limit_bytes: int, cgroup: Path | None) -> tuple[Measurement, int | None]:
+def convert_limited(folder: Path, scheme: str, *, method: str, limit_bytes: int, cgroup: Path | None) -> tuple[Measurement, int | None]:
     """Convert folder/source under the limit. Returns what it took and the peak of the cgroup, if there is one."""
     command = streamquant_command("convert", str(folder / "source"), str(folder / "out"), "--scheme", scheme, "--device", "cpu")
+    if method != "rtn":
+        command += ["--method", method, "--samples", "32", "--sequence-length", "256"]
     try:
         if cgroup is None:
             return measure(command, log=folder / "log", prepare=partial(_limit_data, limit_bytes)), None

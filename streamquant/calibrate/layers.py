@@ -209,6 +209,14 @@ class LayerCalibration:
         self.nonfinite.add(name)
         return weight_NK.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
+    def _read_outer(self, name: str) -> Tensor:
+        """A tensor outside of the layers, as stored if it is plain: an embedding in float32 may be larger than a layer."""
+        weight = self.weights.get(name)
+        if weight is None or weight.is_plain:
+            spec = self.plan.checkpoint.tensors[name]
+            return read_tensor(self.source, spec).view(spec.shape)
+        return weight.decode(weight.read(self.source, 0, weight.shape[0]))
+
     def _load(self, index: int, names: Sequence[str], *, finished: bool) -> _Layer:
         layer = _Layer(index, self.skeleton.layer(index), self.skeleton.sites(index))
         read = partial(self._read, finished=finished)
@@ -236,7 +244,7 @@ class LayerCalibration:
 
     def _first_states(self, max_bytes: int) -> tuple[HiddenStates, list[list[Call]]]:
         """What enters the first layer, and the calls of all layers, for each batch of samples of one length."""
-        self.skeleton.load_outer(self._read)
+        self.skeleton.load_outer(self._read_outer)
         widest = max((max(self.weights[name].shape) for name in self.skeleton.sites(0) if self._is_matrix(name)), default=1)
         batches = list(_batches(self.calibration.samples, max_tokens=tokens_of_batch(widest)))
         hidden_size = self.skeleton.hidden_size

@@ -21,7 +21,7 @@ import importlib
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -117,6 +117,7 @@ class Skeleton:
         outside = {parameter for parameter in needed if not parameter.startswith(self.layer_prefix)}
         self._outer = {name: site for name, site in sites.items() if site.parameter in outside}
         _check_cover({parameter: needed[parameter] for parameter in outside}, self._outer, shapes)
+        self._as_stored = _cast_embeddings(model, outside, dtype)
         self._sites: list[dict[str, Site]] = [{} for _ in range(self.num_layers)]
         for name, site in sites.items():
             if site.parameter in needed and site.parameter not in outside:
@@ -174,11 +175,14 @@ class Skeleton:
             _drop(self._layers[index], site.parameter)
 
     def _load(self, module: nn.Module, prefix: str, sites: Mapping[str, Site], read: Read) -> None:
-        """Everything is copied, so that what was read may be written to or freed, and parameters too."""
+        """Everything but embeddings is copied, so that what was read may be written to or freed, and parameters too."""
         loaded: dict[str, Tensor] = {}
         for name, site in sites.items():
+            old = _get(module, site.parameter)
+            if prefix + site.parameter in self._as_stored:
+                loaded[site.parameter] = read(name).view(old.shape).to(self._device)
+                continue
             if site.parameter not in loaded:
-                old = _get(module, site.parameter)
                 dtype = self._dtypes.get(prefix + site.parameter, old.dtype)
                 loaded[site.parameter] = torch.empty(old.shape, dtype=dtype, device=self._device) if old.is_meta else old.detach()
             part = site.view(loaded[site.parameter])
@@ -384,6 +388,21 @@ def _dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
         return {}
     pattern = re.compile("|".join(rf"(?:^|\.){re.escape(part)}(?:\.|$)" for part in plan))
     return {name: torch.float32 for name in _state(model, "") if pattern.search(name)}
+
+
+def _cast_embeddings(model: Any, names: Set[str], dtype: torch.dtype) -> set[str]:
+    """Have ordinary embeddings among these parameters, the largest of all, in the dtype they are stored in: what they give is cast."""
+
+    def cast(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        del module, args
+        return output.to(dtype)
+
+    found = set()
+    for name, module in model.named_modules():
+        if type(module) is nn.Embedding and f"{name}.weight" in names:  # others may compute with their weights
+            module.register_forward_hook(cast)
+            found.add(f"{name}.weight")
+    return found
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:
