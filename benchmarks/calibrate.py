@@ -189,6 +189,7 @@ def _compare(model: Path, folder: Path, arguments: argparse.Namespace) -> None:
     samples = _write_tokens(model, folder / "tokens.json", arguments)
     plan = streamquant.plan(model, scheme=arguments.scheme, group_size=arguments.group_size)
     ignored = [step.source.name.removesuffix(".weight") for step in plan.steps if isinstance(step, Copy) and len(step.source.shape) > 1]
+    ignored.append("lm_head")  # of which there is no tensor where it is tied to the embedding
     print(f"\n{model.name}: {arguments.scheme}, group size {arguments.group_size or 'of the preset'}, {samples}\n")
     print_header(
         *("model", "method", "program", "wall time", "ratio", "seconds per layer", "ratio"),

@@ -11,8 +11,7 @@ from streamquant.checkpoint.header import TensorSpec
 from streamquant.checkpoint.journal import Journal
 from streamquant.checkpoint.writer import ShardWriter, StepWriter
 from streamquant.lazy import torch
-from streamquant.plan import Copy, Encode, Measure, Member, Plan, Shard, Step
-from streamquant.stored import TORCH_DTYPES
+from streamquant.plan import Copy, Measure, Plan, Shard, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +31,7 @@ class Address:
 
 
 class LayerOutputs:
-    """The shards that layers are written into, under their temporary names, and read from again when a run goes on.
+    """The shards that layers are written into, under their temporary names.
 
     To the engine what is written here looks like what an earlier run has finished.
     """
@@ -85,21 +84,6 @@ class LayerOutputs:
             self._journal.record_steps(file, steps, nonfinite)
             self.finished_bytes += sum(address.step.source_bytes for address in outputs)
         self._pending.clear()
-
-    def read(self, address: Address, spec: TensorSpec) -> Tensor:
-        """An output of a finished step."""
-        writer = self._writer(address.shard)
-        content = bytearray(spec.num_bytes)
-        with writer.path.open("rb") as file:
-            file.seek(spec.start)
-            file.readinto(content)
-        return torch.frombuffer(content, dtype=TORCH_DTYPES[spec.dtype]).view(spec.shape)
-
-    def read_member(self, address: Address, member: Member) -> Tensor:
-        """The values of a weight that is stored: float32 [N, K]."""
-        assert isinstance(address.step, Encode)
-        stored = {spec.name.removeprefix(f"{member.module}."): self.read(address, spec) for spec in member.stored}
-        return address.step.scheme.decode(stored, member.weight.shape[1])
 
     def _output(self, address: Address) -> StepWriter:
         self._writer(address.shard)

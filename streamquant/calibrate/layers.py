@@ -1,8 +1,12 @@
 """Calibrated quantization, one decoder layer at a time: memory for a layer, the Hessians of its inputs, and the hidden states.
 
-For each layer: load its weights, run what the layers before give through it and collect statistics of the inputs of its linears, move
-scales (AWQ, SmoothQuant), solve (GPTQ, or round), write, and run it again with the quantized weights, which gives what the next layer
-sees. A run that was killed goes on at the layer where it was: finished layers are read back from the output and run once.
+For each layer: load its weights, run what the layers before give through it, which gives what the next one is given, and collect
+statistics of the inputs of its linears meanwhile, move scales (AWQ, SmoothQuant), solve (GPTQ, or round), write.
+
+A layer is calibrated with what it is given in the model that is not quantized. To run each layer a second time, quantized, so that the
+next one sees what was lost before, takes half as much time again and is no better with 3 or 4 bits (benchmarks/README.md): no solver
+here makes good in one layer what was lost in another. So a run that was killed runs the layers before from the source, and nothing is
+read back.
 Legend: B sequences, T tokens, H hidden size, N out_features, K in_features.
 """
 
@@ -159,13 +163,15 @@ class LayerCalibration:
         for index, names in enumerate(layers):
             started = time.monotonic()
             if finished[index]:
-                self._replay(index, names, states, calls)
-                continue
-            of_layer = self._layer(index, names, states, calls, records)
-            records += of_layer
-            self._require_few_fallbacks(records, num_weights)
-            seconds.append(time.monotonic() - started)
-            self._tell(index, of_layer, seconds, num_left=len(layers) - 1 - index)
+                self._pass(self._load(index, names), states, calls)
+            else:
+                of_layer = self._layer(index, names, states, calls, records)
+                records += of_layer
+                self._require_few_fallbacks(records, num_weights)
+                seconds.append(time.monotonic() - started)
+                self._tell(index, of_layer, seconds, num_left=len(layers) - 1 - index)
+            self.skeleton.drop_layer(index)
+            states.advance()
         return records
 
     def _require_inputs(self, in_layers: Set[str]) -> None:
@@ -187,16 +193,8 @@ class LayerCalibration:
         addresses = dict.fromkeys(self.outputs.address_of[place] for place in places if place in self.outputs.address_of)
         return [address for address in addresses if _is_calibrated(address.step) or isinstance(address.step, Measure)]
 
-    def _read(self, name: str, *, finished: bool = False) -> Tensor:
-        """A tensor of the checkpoint: float32 if it is a matrix; with `finished` as the output has it."""
-        address = self.outputs.address_of.get(name)
-        if finished and address is not None and self.outputs.is_finished(address):
-            step = address.step
-            if isinstance(step, Copy):
-                return self.outputs.read(address, step.output)
-            assert isinstance(step, Encode)
-            member = next(member for member in step.members if member.weight.name == name)
-            return self.outputs.read_member(address, member)
+    def _read(self, name: str) -> Tensor:
+        """A tensor of the checkpoint: float32 if it is a matrix."""
         if name not in self.weights:
             spec = self.plan.checkpoint.tensors[name]
             return read_tensor(self.source, spec).view(spec.shape)
@@ -217,11 +215,10 @@ class LayerCalibration:
             return read_tensor(self.source, spec).view(spec.shape)
         return weight.decode(weight.read(self.source, 0, weight.shape[0]))
 
-    def _load(self, index: int, names: Sequence[str], *, finished: bool) -> _Layer:
+    def _load(self, index: int, names: Sequence[str]) -> _Layer:
         layer = _Layer(index, self.skeleton.layer(index), self.skeleton.sites(index))
-        read = partial(self._read, finished=finished)
         with ThreadPoolExecutor(max(self.source.num_connections, 1)) as threads:
-            tensors = threads.map(read, names) if self.source.num_connections else map(read, names)
+            tensors = threads.map(self._read, names) if self.source.num_connections else map(self._read, names)
 
             def load(name: str) -> Tensor:
                 tensor = next(tensors)  # in the order of the names
@@ -249,21 +246,17 @@ class LayerCalibration:
         batches = list(_batches(self.calibration.samples, max_tokens=tokens_of_batch(widest)))
         hidden_size = self.skeleton.hidden_size
         shapes = [(*batch.shape, hidden_size) for batch in batches]
-        states = HiddenStates(shapes, dtype=self.skeleton.dtype, max_bytes=max_bytes, file=self.work / "hidden-states.part")
+        mixture = any(site.expert is not None for index in range(self.skeleton.num_layers) for site in self.skeleton.sites(index).values())
+        file = self.work / "hidden-states.part"
+        states = HiddenStates(shapes, dtype=self.skeleton.dtype, max_bytes=max_bytes, file=file, twice=mixture)  # for starving experts
         calls = []
         for number, batch_BT in enumerate(batches):
             hidden_BTH, of_layers = self.skeleton.record(batch_BT.to(self.device))
             states.put(number, hidden_BTH)
             calls.append(of_layers)
+        states.advance()
         self.skeleton.drop_outer()
         return states, calls
-
-    def _advance(self, layer: _Layer, states: HiddenStates, calls: Sequence[Sequence[Call]]) -> None:
-        """Run all batches through a layer, and put what it gives in the place of what it got."""
-        for number, hidden_BTH in self._run(layer, states, calls):
-            if not bool(hidden_BTH.isfinite().all()):
-                raise CheckpointError(f"layer {layer.index} gives numbers that are not finite for the calibration data")
-            states.put(number, hidden_BTH)
 
     def _run(self, layer: _Layer, states: HiddenStates, calls: Sequence[Sequence[Call]]) -> Iterator[tuple[int, Tensor]]:
         """What a layer makes of each batch."""
@@ -276,27 +269,27 @@ class LayerCalibration:
                 hidden_BTH = self.skeleton.run(layer.module, states.get(number, self.device), of_layers[layer.index])
             yield number, hidden_BTH.float()
 
-    def _replay(self, index: int, names: Sequence[str], states: HiddenStates, calls: Sequence[Sequence[Call]]) -> None:
-        """Run a layer that an earlier run has finished."""
-        layer = self._load(index, names, finished=True)
-        self._advance(layer, states, calls)
-        self.skeleton.drop_layer(index)
+    def _pass(self, layer: _Layer, states: HiddenStates, calls: Sequence[Sequence[Call]]) -> None:
+        """Run all batches through a layer, for what it gives."""
+        for number, hidden_BTH in self._run(layer, states, calls):
+            if not bool(hidden_BTH.isfinite().all()):
+                raise CheckpointError(f"layer {layer.index} gives numbers that are not finite for the calibration data")
+            states.put(number, hidden_BTH)
 
     def _layer(
         self, index: int, names: Sequence[str], states: HiddenStates, calls: Sequence[Sequence[Call]], earlier: Sequence[Record]
     ) -> list[Record]:
         """Quantize a layer."""
-        layer = self._load(index, names, finished=False)
+        layer = self._load(index, names)
+        first_BTH = states.get(0, self.device).clone() if self.method.scaling else None  # the pass may overwrite it
         statistics, tap = self._statistics(layer, states, calls)
         records = []
-        if self.method.scaling:
-            records += self._move_scales(layer, tap, statistics, states.get(0, self.device), calls[0][index])
+        if first_BTH is not None:
+            records += self._move_scales(layer, tap, statistics, first_BTH, calls[0][index])
         records += self._solve(layer, names, statistics, tap)
         self._store_cache_scales(names, tap)
         self._note([*earlier, *records])
         self.outputs.commit(self.nonfinite or set())
-        self._advance(layer, states, calls)
-        self.skeleton.drop_layer(index)
         return records
 
     def _statistics(self, layer: _Layer, states: HiddenStates, calls: Sequence[Sequence[Call]]) -> tuple[dict[str, Statistics | None], Tap]:
@@ -339,8 +332,7 @@ class LayerCalibration:
 
         cache = any(isinstance(address.step, Measure) for address in self._steps_of(tuple(layer.sites)))
         with Tap(layer.module, add, every_expert=every_expert, cache=cache) as tap:
-            for _ in self._run(layer, states, calls):
-                pass
+            self._pass(layer, states, calls)
         collector.finish()
         return {name: collector.of(layer.linear(name)) for name in layer.weights}, tap
 
@@ -465,23 +457,17 @@ class LayerCalibration:
             solution, errors = self._solution(group)
             for job, solved, (before, after) in zip(group, _split(group, solution), errors, strict=True):
                 stored[job.address] += _stored(job, solved)
-                scheme, site = _scheme(job.address), layer.sites[job.member.weight.name]
-                unit = scheme.unit(job.weight_NK.shape[1])
-                value_NK = dequantize(solved.code_NK, solved.scales.scale_RC, zero_RC=solved.scales.zero_RC, unit=unit)
-                self.skeleton.set_weight(layer.module, site, value_NK)
-                tokens = 0 if job.statistics is None else job.statistics.num_tokens
-                routed = tap.routed_tokens(site)
                 records.append(
                     Record(
                         layer.index,
                         job.member.weight.name,
-                        scheme.title,
-                        tokens,
-                        routed,
-                        before,
-                        after,
-                        solution.damping,
-                        solution.fallback,
+                        scheme=_scheme(job.address).title,
+                        tokens=0 if job.statistics is None else job.statistics.num_tokens,
+                        routed_tokens=tap.routed_tokens(layer.sites[job.member.weight.name]),
+                        error_before=before,
+                        error_after=after,
+                        damping=solution.damping,
+                        fallback=solution.fallback,
                     )
                 )
         for address, tensors in stored.items():
