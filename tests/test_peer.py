@@ -17,6 +17,7 @@ from torch import Tensor
 
 from streamquant.schemes import SCHEMES, Scheme, find_scheme
 from tests import against_peer, oracles
+from tests.checkpoints import DATA_FREE
 
 PEER_PYTHON = os.environ.get("PEER_PYTHON")
 pytestmark = [pytest.mark.peer, pytest.mark.skipif(PEER_PYTHON is None, reason="PEER_PYTHON is not set")]
@@ -26,7 +27,7 @@ SHAPES_OF_UNIT = {16: [(5, 48)], 32: [(9, 96)], 64: [(3, 192)], 128: []}
 ODD_SHAPES = [(131, 129), (13, 37)]
 SEARCH_SHAPES = [(24, 256), (130, 128)]
 
-SETTINGS = [*({"preset": preset} for preset in SCHEMES), *oracles.SETTINGS_TO_TRY]
+SETTINGS = [*({"preset": preset} for preset in DATA_FREE), *oracles.SETTINGS_TO_TRY]
 MINMAX = {
     f"{' '.join(map(str, settings.values()))} {dtype}": (find_scheme(**settings), dtype)
     for settings, dtype in itertools.product(SETTINGS, (torch.bfloat16, torch.float16, torch.float32))

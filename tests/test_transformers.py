@@ -41,7 +41,7 @@ from streamquant.inputs import Stack, find_weights
 from streamquant.schemes import SCHEMES
 from streamquant.verify import dequantize
 from tests import quantized_sources as sources
-from tests.checkpoints import WIKI_LLAMA, read_tensors, write_checkpoint
+from tests.checkpoints import WIKI_LLAMA, read_tensors, with_data, write_checkpoint
 
 MOE_MODEL = os.environ.get("STREAMQUANT_MOE_MODEL")
 
@@ -74,7 +74,7 @@ scheme = "W4A16"
 group_size = 64
 """
 SETTINGS: dict[str, dict[str, Any]] = {
-    **{preset: {"scheme": preset} for preset in SCHEMES},
+    **{preset: with_data(preset) for preset in SCHEMES},
     "FP8_DYNAMIC, one scale a tensor": {"scheme": "FP8_DYNAMIC", "strategy": "tensor"},
     "W8A16, one scale a channel": {"scheme": "W8A16", "strategy": "channel"},
     "W4A16_ASYM, one scale a channel": {"scheme": "W4A16_ASYM", "strategy": "channel"},
@@ -185,13 +185,13 @@ def test_transformers_gives_every_module_of_a_recipe_its_scheme_and_leaves_the_k
 
 @pytest.mark.parametrize("preset", WITH_INPUTS)
 def test_transformers_quantizes_inputs_where_the_scheme_says_so(preset, tmp_path):
-    convert(WIKI_LLAMA, tmp_path, {"scheme": preset})
+    convert(WIKI_LLAMA, tmp_path, with_data(preset))
     model = load(tmp_path / "out")
     with_quantized_inputs = logits(model).float()
     without = logits(model.apply(disable_quantization)).float()
     noise = float((with_quantized_inputs - without).norm() / without.norm())
     # 4-bit inputs are coarse. Noise as large as the logits would mean that the config asks for something else than it should.
-    assert 0 < noise < (0.5 if preset == "MXFP4" else 0.1)
+    assert 0 < noise < (0.5 if preset in ("MXFP4", "NVFP4") else 0.1)
 
 
 # --- sources that are quantized, or have stacks of experts -------------------------------------------------------------

@@ -34,7 +34,7 @@ import streamquant
 from streamquant.schemes import SCHEMES
 from streamquant.verify import dequantize
 from tests import quantized_sources
-from tests.checkpoints import WIKI_LLAMA, read_tensors
+from tests.checkpoints import WIKI_LLAMA, read_tensors, with_data
 
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
 MOE_MODEL = os.environ.get("STREAMQUANT_MOE_MODEL")
@@ -53,6 +53,7 @@ STACKED_MOE = "wiki-qwen3moe in 3-D stacks"
 STORED = "wiki-llama, quantized already"
 UNQUANTIZED = "bfloat16 (the source)"
 ATTENTION = "*.self_attn.*"
+DATA = {"samples": 16, "sequence_length": 128}
 
 NVFP4_AND_FP8 = """
 [[rule]]
@@ -107,13 +108,18 @@ class Case:
 
 def moe_settings(preset: str) -> dict[str, Any]:
     """A preset for matrices of 192 columns."""
-    return {"scheme": preset, **({"group_size": 64} if "group_size" in SCHEMES[preset].settings else {})}
+    return with_data(preset) | ({"group_size": 64} if "group_size" in SCHEMES[preset].settings else {})
 
 
 NO_EXPERTS_IN_VLLM = {"FP8A16", "FP8_DYNAMIC, per tensor"}  # refused at load
 TOO_NARROW = {"FP8_BLOCK", "W4AFP8"}  # for blocks and groups of 128
 CASES = [
-    *(Case(DENSE, preset, {"scheme": preset}) for preset in SCHEMES),
+    *(Case(DENSE, preset, with_data(preset)) for preset in SCHEMES),
+    Case(DENSE, "W4A16, FP8 cache", {"scheme": "W4A16", "kv_cache": "fp8", **DATA}),
+    Case(DENSE, "W4A16, gptq", {"scheme": "W4A16", "method": "gptq", **DATA}),
+    Case(DENSE, "W4A16_ASYM, awq and gptq", {"scheme": "W4A16_ASYM", "method": "awq+gptq", **DATA}),
+    Case(DENSE, "W8A8, smoothquant", {"scheme": "W8A8", "method": "smoothquant", **DATA}),
+    Case(DENSE, "NVFP4, gptq", {"scheme": "NVFP4", "method": "gptq", **DATA}),
     Case(DENSE, "native fp8", {"scheme": "FP8_BLOCK", "format": "fp8"}),
     Case(DENSE, "FP8_DYNAMIC, per tensor", {"scheme": "FP8_DYNAMIC", "strategy": "tensor"}),
     Case(DENSE, "FP8A16, float32 scales", {"scheme": "FP8A16", "scale_dtype": "float32"}),
@@ -131,6 +137,8 @@ CASES = [
     Case(DENSE, "W8A8, lm_head too", {"scheme": "W8A8", "include": ["lm_head"]}),
     Case(DENSE, "NVFP4A16 mlp, FP8_BLOCK attention", {"recipe": NVFP4_AND_FP8.format(attention="FP8_BLOCK")}),
     Case(DENSE, "W4A16, W8A16 down_proj, layer 0 kept", {"recipe": INT8_DOWN_AND_A_KEPT_LAYER}),
+    Case(MOE, "W4A16, gptq", {"scheme": "W4A16", "group_size": 64, "method": "gptq", **DATA}),
+    Case(MOE, "W4A16, awq", {"scheme": "W4A16", "group_size": 64, "method": "awq", **DATA}),
     *(Case(MOE, preset, moe_settings(preset)) for preset in SCHEMES if preset not in TOO_NARROW),
     Case(MOE, "FP8_DYNAMIC, per tensor", {"scheme": "FP8_DYNAMIC", "strategy": "tensor"}),
     Case(MOE, "FP8A16, experts kept", {"scheme": "FP8A16", "ignore": ["*.experts.*"]}),
