@@ -82,6 +82,13 @@ def summary_lines(plan: Plan) -> list[str]:
     as_stored = [member.weight.name for step in stored if step.keeps_codes for member in step.members]
     if as_stored:
         lines.append(f"as stored   {len(as_stored)} of them, whose codes and scales the source has: {_examples(as_stored)}")
+    measured = [member.module for step in stored if step.scheme.needs_data for member in step.members]
+    caches = [step.module for step in plan.steps if isinstance(step, Measure)]
+    lines += [
+        f"with data   {len(names)} x {what}: {_examples(names)}"
+        for what, names in (("scale of inputs", measured), ("scales of keys and values", caches))
+        if names
+    ]
     lines += [
         *(f"unpacked    {len(names)} x {fate}: {_examples(names)}" for fate, names in _unpacked(encoded).items()),
         *(f"kept        {len(names)} x {reason}: {_examples(names)}" for reason, names in _kept(plan.steps).items()),

@@ -213,6 +213,9 @@ def test_scales_of_keys_and_values_are_those_of_what_the_cache_holds(tmp_path: P
     plain = streamquant.convert(WIKI_LLAMA, tmp_path / "plain", scheme="W8A16")
     assert plain.calibration is None
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in read_tensors(tmp_path / "plain").items())
+    lines = run("plan", WIKI_LLAMA, "--scheme", "FP8", "--kv-cache", "fp8").stdout
+    assert "with data   42 x scale of inputs: model.layers.*" in lines
+    assert "with data   6 x scales of keys and values: model.layers.*.self_attn" in lines
     with pytest.raises(RequestError, match="the source has scales of its KV cache, which are kept"):
         streamquant.plan(tmp_path / "out", scheme="FP8_DYNAMIC", kv_cache="fp8")
     name = "model.layers.1.self_attn.v_scale"
