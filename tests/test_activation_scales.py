@@ -225,6 +225,17 @@ def test_scales_of_keys_and_values_are_those_of_what_the_cache_holds(tmp_path: P
     assert streamquant.verify(tmp_path / "wrong").problems == [f"{name} is not finite and positive"]
 
 
+def test_the_cache_of_weights_that_keep_their_codes_is_measured_alone(tmp_path: Path, options: dict[str, Any]) -> None:
+    streamquant.convert(WIKI_LLAMA, tmp_path / "first", scheme="W8A16")
+    (tmp_path / "first" / "tokenizer.json").write_bytes((WIKI_LLAMA / "tokenizer.json").read_bytes())
+    report = streamquant.convert(tmp_path / "first", tmp_path / "second", scheme="W8A16", kv_cache="fp8", **options)
+    assert report.calibration is not None
+    assert report.calibration.records == ()
+    first, second = read_tensors(tmp_path / "first"), read_tensors(tmp_path / "second")
+    assert len(second) == len(first) + 2 * 6
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+
+
 def test_caches_that_cannot_be_measured_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {

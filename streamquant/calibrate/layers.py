@@ -258,20 +258,13 @@ class LayerCalibration:
         self.skeleton.drop_outer()
         return states, calls
 
-    def _run(self, layer: _Layer, states: HiddenStates, calls: Sequence[Sequence[Call]]) -> Iterator[tuple[int, Tensor]]:
-        """What a layer makes of each batch."""
-        in_compute_dtype = partial(
-            torch.autocast, self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32, cache_enabled=False
-        )
-        for number, of_layers in enumerate(calls):
-            self._say(f"layer {layer.index + 1} of {self.skeleton.num_layers}, batch {number + 1} of {len(calls)}")
-            with in_compute_dtype():
-                hidden_BTH = self.skeleton.run(layer.module, states.get(number, self.device), of_layers[layer.index])
-            yield number, hidden_BTH.float()
-
     def _pass(self, layer: _Layer, states: HiddenStates, calls: Sequence[Sequence[Call]]) -> None:
         """Run all batches through a layer, for what it gives."""
-        for number, hidden_BTH in self._run(layer, states, calls):
+        lower = self.compute_dtype != torch.float32
+        for number, of_layers in enumerate(calls):
+            self._say(f"layer {layer.index + 1} of {self.skeleton.num_layers}, batch {number + 1} of {len(calls)}")
+            with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=lower, cache_enabled=False):
+                hidden_BTH = self.skeleton.run(layer.module, states.get(number, self.device), of_layers[layer.index])
             if not bool(hidden_BTH.isfinite().all()):
                 raise CheckpointError(f"layer {layer.index} gives numbers that are not finite for the calibration data")
             states.put(number, hidden_BTH)
@@ -588,7 +581,7 @@ class LayerCalibration:
                 "figures": {"layer": index, "errors": means, "seconds": round(seconds[-1], 3), "seconds_left": round(left, 1)},
             },
         )
-        self._say(records[-1].name)
+        self._say(f"layer {index + 1} of {self.skeleton.num_layers}")
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
