@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from streamquant.stream import OnProgress, Progress, bytes_to_do
 
 CONFIG_NAME = "config.json"
 MAX_FILE_BYTES = 256 << 20  # of a tokenizer
+M_MMAP_THRESHOLD = -3  # of malloc.h
+MAPPED_BYTES = 1 << 20
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")  # without these a processor takes longer for bfloat16 than for float32
 
 
@@ -120,6 +123,7 @@ def calibrate(
     on_progress: OnProgress | None,
 ) -> CalibrationReport:
     """Finish everything in the decoder layers that the method changes. `todo`: the shards that no earlier run has finished."""
+    _return_freed_memory()
     wish, data = preparation.wish, preparation.data
     total_bytes = bytes_to_do(todo, journal)
     nonfinite: set[str] | None = set() if allow_nonfinite else None
@@ -143,6 +147,19 @@ def calibrate(
         )
         records = layers.run(max_hidden_bytes)
     return CalibrationReport(wish.name, data.title, len(data.samples), data.num_tokens, tuple(records))
+
+
+def _return_freed_memory() -> None:
+    """Have glibc map blocks of MAPPED_BYTES and more, for the rest of the process, so that they go back to the system when they are freed.
+
+    By itself it takes blocks of up to 32 MiB from a heap, once such have been freed, and matrices of many sizes leave holes there: with
+    each layer more memory is held that nobody uses.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # another C library, which has no such heap
+        return
+    mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 def find_compute_dtype(name: str, device: torch.device) -> torch.dtype:
