@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
+from streamquant.calibrate import heap
 from streamquant.calibrate.awq import Reader, Scaling, Steps, search_scale, smooth_scale
 from streamquant.calibrate.data import Calibration
 from streamquant.calibrate.gptq import Solution, gptq, hessian_error, measured_rows, round_to_nearest
@@ -172,6 +173,7 @@ class LayerCalibration:
                 self._tell(index, of_layer, seconds, num_left=len(layers) - 1 - index)
             self.skeleton.drop_layer(index)
             states.advance()
+            heap.give_back()
         return records
 
     def _require_inputs(self, in_layers: Set[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from streamquant.calibrate import heap
 from streamquant.calibrate.data import Calibration, load_calibration, load_tokenizer
 from streamquant.calibrate.layer_outputs import LayerOutputs
 from streamquant.calibrate.layers import LayerCalibration, Record
@@ -27,8 +27,6 @@ from streamquant.stream import OnProgress, Progress, bytes_to_do
 
 CONFIG_NAME = "config.json"
 MAX_FILE_BYTES = 256 << 20  # of a tokenizer
-M_MMAP_THRESHOLD = -3  # of malloc.h
-MAPPED_BYTES = 16 << 20  # every new page is zeroed: with 1 MiB layers of small models took 1.4 times as long
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")  # without these a processor takes longer for bfloat16 than for float32
 
 
@@ -123,7 +121,7 @@ def calibrate(
     on_progress: OnProgress | None,
 ) -> CalibrationReport:
     """Finish everything in the decoder layers that the method changes. `todo`: the shards that no earlier run has finished."""
-    _return_freed_memory()
+    heap.map_large_blocks()
     wish, data = preparation.wish, preparation.data
     total_bytes = bytes_to_do(todo, journal)
     nonfinite: set[str] | None = set() if allow_nonfinite else None
@@ -147,19 +145,6 @@ def calibrate(
         )
         records = layers.run(max_hidden_bytes)
     return CalibrationReport(wish.name, data.title, len(data.samples), data.num_tokens, tuple(records))
-
-
-def _return_freed_memory() -> None:
-    """Have glibc map blocks of MAPPED_BYTES and more, for the rest of the process, so that they go back to the system when they are freed.
-
-    By itself it takes blocks of up to 32 MiB from a heap, once such have been freed, and matrices of many sizes leave holes there: with
-    each layer more memory is held that nobody uses.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # another C library, which has no such heap
-        return
-    mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 def find_compute_dtype(name: str, device: torch.device) -> torch.dtype:
