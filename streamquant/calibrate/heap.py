@@ -6,8 +6,10 @@ Where the C library is another, nothing is done.
 import ctypes
 from typing import Any
 
-M_MMAP_THRESHOLD = -3  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 MAPPED_BYTES = 16 << 20  # every new page is zeroed: with 1 MiB layers of small models took 1.4 times as long
+
+NEVER = (1 << 31) - 1
 
 
 def map_large_blocks() -> None:
@@ -15,6 +17,7 @@ def map_large_blocks() -> None:
     mallopt = _function("mallopt")
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+        mallopt(M_TRIM_THRESHOLD, NEVER)
 
 
 def give_back() -> None:
