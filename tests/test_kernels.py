@@ -128,16 +128,28 @@ def test_the_best_candidate_is_that_of_the_full_grid(unit: tuple[int, int], code
             assert torch.equal(COMPILED.best(codes, weight_NK, unit, candidates), TORCH.best(codes, weight_NK, unit, candidates)), name
 
 
-def test_most_candidates_are_ruled_out() -> None:
-    """Or the search would be right, and slow."""
-    weight = torch.randn(64, 2048, generator=torch.Generator().manual_seed(3)).numpy()
-    amax_U = np.abs(weight.reshape(-1, 128)).max(1)
-    scale_QU = np.stack([amax_U / 7 * np.float32(1 - i / 100) for i in range(20)])
-    zero_QU, last_U = np.zeros_like(scale_QU), np.empty(len(amax_U), np.int64)
-    total_QU, size_U = search._rough_totals(search.INTEGER, weight, 1, 128, 16, 0, scale_QU, zero_QU, np.float32(-8), np.float32(7))
-    _, count_U = search._rule_out(1, 128, scale_QU, zero_QU, total_QU, size_U, last_U)
+@pytest.mark.parametrize(("num_columns", "largest", "most"), [(128, 7, 20), (2048, 127, 7)])
+def test_most_candidates_are_ruled_out(num_columns: int, largest: int, most: int) -> None:
+    """Or the search would be right, and slow. `most`: of which even a rough sum is needed; the rest cut off too much."""
+    weight_NK = torch.randn(64, 2048, generator=torch.Generator().manual_seed(3))
+    amax_U = weight_NK.view(-1, num_columns).abs().amax(1).numpy()
+    scale_QU = np.stack([amax_U / largest * np.float32(1 - i / 100) for i in range(20)])
+    zero_QU, limits = np.zeros_like(scale_QU), (np.float32(-largest - 1), np.float32(largest))
+    words = weight_NK.view(torch.uint32).numpy().reshape(-1)
+    weight = search.Weight(words, 1, 64, 2048, 1, num_columns, 2048 // num_columns)
+    unit_U, last_U, count_U = np.arange(len(amax_U)), np.empty(len(amax_U), np.int32), np.empty(len(amax_U), np.int32)
+    tiles = np.empty((len(amax_U) * num_columns // 128 // search.LANES, 128, search.LANES), np.float32)
+    search._candidates_left(search.INTEGER, weight, unit_U, amax_U, scale_QU, zero_QU, *limits, tiles, last_U, count_U)
     assert count_U.min() == 1
-    assert count_U.mean() < 2
+    assert count_U.mean() < 1.3
+
+    tried = np.ones(scale_QU.shape, np.int32)
+    codes = PackedIntegers(4) if largest == 7 else ByteIntegers(8)
+    first_RC = TORCH.errors(codes, weight_NK, (1, num_columns), [Scales(torch.empty(0), torch.from_numpy(scale_QU[0]).view(64, -1))])[0]
+    factor_QU, is_clear_U = (scale_QU / scale_QU[0]) ** np.float32(2.4), np.ones(len(amax_U), np.int32)
+    bound_U = first_RC.flatten().numpy()
+    search._rule_out_by_amax(search.INTEGER, amax_U, scale_QU, zero_QU, factor_QU, *limits, bound_U, is_clear_U, tried)
+    assert tried.sum(0).max() <= most
 
 
 @each_dtype

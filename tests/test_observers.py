@@ -5,6 +5,8 @@ from torch import Tensor
 
 from streamquant.errors import RequestError
 from streamquant.schemes import Scheme, find_scheme
+from streamquant.schemes.observers import OBSERVERS
+from streamquant.schemes.observers import candidates as candidates_of_grid
 from tests import oracles
 
 NEAR_TIE = 1 + 1e-5
@@ -94,6 +96,25 @@ def test_a_search_finds_better_bounds_than_minmax(scheme: Scheme) -> None:
     if scheme.format not in {"mxfp4-pack-quantized", "mxfp8-quantized"}:  # for most groups the power of two stays
         assert (bounds_BRC != extremes_BRC).any()
         assert errors(scheme, weight_NK, bounds_BRC).sum() < errors(scheme, weight_NK, extremes_BRC).sum()
+
+
+@each_dtype
+@pytest.mark.parametrize("preset", ["MXFP4", "MXFP8"])
+def test_a_grid_has_two_powers_of_two_at_most_the_first_and_the_last(preset: str, dtype: torch.dtype) -> None:
+    """So that the others need not be tried. For every magnitude that there is, in 16 bits."""
+    if dtype == torch.float32:
+        magnitudes = torch.randint(0, 0x7F800000, (1 << 16,), generator=torch.Generator().manual_seed(1)).to(torch.int32).view(dtype)
+    else:
+        magnitudes = torch.arange(1 << 15, dtype=torch.int16).view(dtype)
+    extremes_BRC = magnitudes[magnitudes.isfinite()].float()[None, :, None]
+    grid = OBSERVERS["mse"]
+    assert grid is not None
+    bounds_QRC = candidates_of_grid(extremes_BRC, grid.expand, grid.factors, dtype)[0]
+    scale_QR = torch.stack([find_scheme(preset).search_scales(bounds_RC[None], dtype).scale_RC[:, 0] for bounds_RC in bounds_QRC])
+    assert ((scale_QR == scale_QR[0]) | (scale_QR == scale_QR[-1])).all()
+    assert (scale_QR[0] != scale_QR[-1]).any()
+    changes_QR = scale_QR[1:] != scale_QR[:-1]
+    assert changes_QR.sum(0).max() == 1
 
 
 @each_search

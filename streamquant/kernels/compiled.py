@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streamquant.kernels.instructions import ROUNDER, compiled, e2m1_code, e4m3_code, last_byte, magnitude, ordered, widened
-from streamquant.kernels.search import best_candidates, exact_sums, kind_of
+from streamquant.kernels.search import Weight, best_candidates, exact_sums, kind_of
 from streamquant.schemes.codes import ByteIntegers, Codes, E2m1, E4m3, PackedIntegers
 from streamquant.schemes.kernels import TorchKernels
 from streamquant.schemes.packing import WORD_BITS
@@ -76,7 +76,7 @@ class CompiledKernels(TorchKernels):
         search = _Search(codes, weight_NK, unit, candidates)
         unit_J = np.tile(np.arange(search.scale_QU.shape[1]), len(candidates))
         sum_J = np.empty(len(unit_J), np.float32)
-        exact_sums(*search.weight, unit_J, search.scale_QU.reshape(-1), search.zero_QU.reshape(-1), *search.limits, sum_J)
+        exact_sums(search.kind, search.weight, unit_J, search.scale_QU.reshape(-1), search.zero_QU.reshape(-1), *search.limits, sum_J)
         return torch.from_numpy(sum_J).view(-1, *search.num_units)
 
     def best(self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], candidates: Sequence[Scales]) -> Tensor:
@@ -84,7 +84,8 @@ class CompiledKernels(TorchKernels):
             return super().best(codes, weight_NK, unit, candidates)
         search = _Search(codes, weight_NK, unit, candidates)
         index_U = np.empty(search.scale_QU.shape[1], np.int64)
-        best_candidates(*search.weight, search.scale_QU, search.zero_QU, *search.limits, index_U)
+        amax_U = self.extremes(weight_NK, unit, symmetric=True).flatten().numpy()
+        best_candidates(search.kind, search.weight, amax_U, search.scale_QU, search.zero_QU, *search.limits, index_U)
         return torch.from_numpy(index_U).view(search.num_units)
 
 
@@ -96,9 +97,12 @@ class _Search:
         self.scale_QU = torch.stack([scales.scale_RC.expand(self.num_units) for scales in candidates]).flatten(1).numpy()
         zeros = [scales.zero_RC.expand(self.num_units).flatten() for scales in candidates if scales.zero_RC is not None]
         self.zero_QU = torch.stack(zeros).numpy() if zeros else np.zeros_like(self.scale_QU)
-        kind, smallest, largest = kind_of(codes)
+        self.kind, smallest, largest = kind_of(codes)
         self.limits = smallest, largest
-        self.weight = kind, _loadable(weight_NK), *unit, self.num_units[1]
+        is_paired = weight_NK.dtype == torch.bfloat16 and unit[1] % 2 == 0
+        words = (weight_NK if is_paired else weight_NK.float()).contiguous().view(torch.uint32).numpy()
+        num_rows, row_words = words.shape
+        self.weight = Weight(words.reshape(-1), 2 if is_paired else 1, num_rows, row_words, *unit, self.num_units[1])
 
 
 def _num_units(weight_NK: Tensor, unit: tuple[int, int]) -> tuple[int, int]:

@@ -35,6 +35,10 @@ class _Mx(Scheme):
     def max_exponent(self) -> int:
         """The exponent of the largest code."""
 
+    @property
+    def scales_are_powers_of_two(self) -> bool:
+        return True
+
     def unit(self, num_columns: int) -> tuple[int, int]:
         del num_columns
         return 1, GROUP

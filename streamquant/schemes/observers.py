@@ -20,17 +20,24 @@ from streamquant.schemes.rounding import power_of_two_multiple
 from streamquant.schemes.units import Scales
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from streamquant.schemes.scheme import Scheme
 
 
 class SearchGrid(NamedTuple):
-    """Candidates are the extremes times expand * (1 - i / steps), for i in range(int(shrink * steps))."""
+    """Candidates are the extremes times `expand` times each of the factors."""
 
     shrink: float
     steps: float
     expand: float = 1.0
+
+    @property
+    def factors(self) -> list[float]:
+        """1, and downwards in steps."""
+        return [1 - i / self.steps for i in range(int(self.shrink * self.steps))]
 
 
 OBSERVERS: dict[str, SearchGrid | None] = {
@@ -53,11 +60,14 @@ def observe_units(scheme: Scheme, weight_NK: Tensor, unit: tuple[int, int], kern
 def _search(scheme: Scheme, weight_NK: Tensor, unit: tuple[int, int], extremes_BRC: Tensor, grid: SearchGrid, kernels: Kernels) -> Tensor:
     """The best bounds for each unit. Some rows of units at a time, for which scales take no more memory than the weight."""
     _, num_rows, num_columns = extremes_BRC.shape
-    num_candidates = 1 + int(grid.shrink * grid.steps)
+    factors = grid.factors
+    if scheme.scales_are_powers_of_two:  # in a grid that shrinks by less than half a scale halves once at most
+        factors = factors[-1:]
+    num_candidates = 1 + len(factors)
     at_once = max(weight_NK.numel() // 3 // (num_candidates * num_columns), 1)
     best = []
     for start in range(0, num_rows, at_once):
-        bounds_BQRC = _candidates(extremes_BRC[:, start : start + at_once], grid, weight_NK.dtype)
+        bounds_BQRC = candidates(extremes_BRC[:, start : start + at_once], grid.expand, factors, weight_NK.dtype)
         scales = scheme.search_scales(bounds_BQRC.flatten(1, 2), weight_NK.dtype)
         rows_NK = weight_NK[start * unit[0] : (start + at_once) * unit[0]]
         index_RC = kernels.best(scheme.codes, rows_NK, unit, _split(scales, num_candidates))
@@ -66,11 +76,10 @@ def _search(scheme: Scheme, weight_NK: Tensor, unit: tuple[int, int], extremes_B
     return torch.cat(best, dim=1)
 
 
-def _candidates(extremes_BRC: Tensor, grid: SearchGrid, dtype: torch.dtype) -> Tensor:
-    """The extremes and those of the grid: [B, Q, R, C]. They are numbers of the weight's dtype, as the peer's are."""
-    factors = [1 - i / grid.steps for i in range(int(grid.shrink * grid.steps))]
+def candidates(extremes_BRC: Tensor, expand: float, factors: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """The extremes, and those of a grid: [B, Q, R, C]. They are numbers of the weight's dtype, as the peer's are."""
     factor_Q11 = torch.tensor(factors, device=extremes_BRC.device)[:, None, None]
-    widest_BRC = (extremes_BRC * grid.expand).to(dtype).float()
+    widest_BRC = (extremes_BRC * expand).to(dtype).float()
     return torch.cat([extremes_BRC[:, None], (widest_BRC[:, None] * factor_Q11).to(dtype).float()], dim=1)
 
 

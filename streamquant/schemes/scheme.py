@@ -123,6 +123,11 @@ class Scheme(ABC):
         return False
 
     @property
+    def scales_are_powers_of_two(self) -> bool:
+        """Whether the format has no other scales."""
+        return False
+
+    @property
     def row_multiple(self) -> int:
         """A block of rows starts at a multiple of this."""
         return 1
