@@ -129,7 +129,7 @@ def budget_memory(
     """
     searches = any(isinstance(step, Encode) and OBSERVERS[step.scheme.observer] for step in plan.steps)
     working_bytes = kernels.working_bytes + kernels.search_bytes * searches
-    plain_block_elements = BLOCK_ELEMENTS * TORCH.working_bytes // working_bytes
+    plain_block_elements = BLOCK_ELEMENTS * TORCH.working_bytes // kernels.working_bytes
     block_bytes, culprit = COPY_BYTES, ""
     reads_parts = False
     smallest = sys.maxsize

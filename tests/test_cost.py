@@ -4,7 +4,6 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +40,11 @@ class CountingKernels(TorchKernels):
         self._count("codes", weight_NK)
         return super().codes(codes, weight_NK, unit, scales)
 
-    def best(self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], candidates: Sequence[Scales]) -> Tensor:
+    def best(
+        self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], scale_QRC: Tensor, zero_QRC: Tensor | None, *, amax_RC: Tensor
+    ) -> Tensor:
         self._count("best", weight_NK)
-        return super().best(codes, weight_NK, unit, candidates)
+        return super().best(codes, weight_NK, unit, scale_QRC, zero_QRC, amax_RC=amax_RC)
 
     def _count(self, operation: str, weight_NK: Tensor) -> None:
         self.calls[operation] += 1

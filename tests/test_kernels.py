@@ -76,7 +76,7 @@ def test_every_number_is_rounded_as_in_the_reference(codes: Codes) -> None:
     unit = (1, weight_NK.shape[1])
     assert_same(COMPILED.codes(codes, weight_NK, unit, scales), TORCH.codes(codes, weight_NK, unit, scales))
     small_NK = weight_NK.clamp(-1e6, 1e6)  # power_2_4 is for distances below 2**24
-    assert_same(COMPILED.errors(codes, small_NK, unit, [scales]), TORCH.errors(codes, small_NK, unit, [scales]))
+    assert_same(*(kernels.errors(codes, small_NK, unit, scales.scale_RC[None], None) for kernels in (COMPILED, TORCH)))
 
 
 def test_the_rough_power_is_as_near_as_the_bound_supposes() -> None:
@@ -121,11 +121,13 @@ def test_the_best_candidate_is_that_of_the_full_grid(unit: tuple[int, int], code
     weights["nearly codes"] = weights["codes"] * (1 + 2.0**-20)
     for with_zero in (False, True) if isinstance(codes, PackedIntegers) else (False,):
         for name, weight_NK in weights.items():
-            largest_RC = TORCH.extremes(weight_NK, unit, symmetric=True)[0].clamp(1e-30, 1e30)
+            amax_RC = TORCH.extremes(weight_NK, unit, symmetric=True)[0]
+            largest_RC = amax_RC.clamp(1e-30, 1e30)
             base_RC = torch.ones_like(largest_RC) if "codes" in name else largest_RC / (4 if isinstance(codes, E2m1) else 7)
-            zeros = [torch.full_like(base_RC, float(i % 3)) if with_zero else None for i in range(len(scales_of))]
-            candidates = [Scales(base_RC * scale, base_RC * scale, zero) for scale, zero in zip(scales_of, zeros, strict=True)]
-            assert torch.equal(COMPILED.best(codes, weight_NK, unit, candidates), TORCH.best(codes, weight_NK, unit, candidates)), name
+            scale_QRC = torch.stack([base_RC * scale for scale in scales_of])
+            zero_QRC = torch.stack([torch.full_like(base_RC, float(i % 3)) for i in range(len(scales_of))]) if with_zero else None
+            ours, reference = (kernels.best(codes, weight_NK, unit, scale_QRC, zero_QRC, amax_RC=amax_RC) for kernels in (COMPILED, TORCH))
+            assert torch.equal(ours, reference), name
 
 
 @pytest.mark.parametrize(("num_columns", "largest", "most"), [(128, 7, 20), (2048, 127, 7)])
@@ -145,7 +147,7 @@ def test_most_candidates_are_ruled_out(num_columns: int, largest: int, most: int
 
     tried = np.ones(scale_QU.shape, np.int32)
     codes = PackedIntegers(4) if largest == 7 else ByteIntegers(8)
-    first_RC = TORCH.errors(codes, weight_NK, (1, num_columns), [Scales(torch.empty(0), torch.from_numpy(scale_QU[0]).view(64, -1))])[0]
+    first_RC = TORCH.errors(codes, weight_NK, (1, num_columns), torch.from_numpy(scale_QU[0]).view(1, 64, -1), None)[0]
     factor_QU, is_clear_U = (scale_QU / scale_QU[0]) ** np.float32(2.4), np.ones(len(amax_U), np.int32)
     bound_U = first_RC.flatten().numpy()
     search._rule_out_by_amax(search.INTEGER, amax_U, scale_QU, zero_QU, factor_QU, *limits, bound_U, is_clear_U, tried)

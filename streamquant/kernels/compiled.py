@@ -9,7 +9,6 @@ Compiled functions are kept on disk (NUMBA_CACHE_DIR, else beside this file or i
 Legend: schemes/scheme.py; Q candidates, U units.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -70,43 +69,43 @@ class CompiledKernels(TorchKernels):
                 raise AssertionError(f"no kernel for {codes}")
         return packed
 
-    def errors(self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], candidates: Sequence[Scales]) -> Tensor:
+    def errors(self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], scale_QRC: Tensor, zero_QRC: Tensor | None) -> Tensor:
         if weight_NK.shape[1] % unit[1]:
-            return super().errors(codes, weight_NK, unit, candidates)
-        search = _Search(codes, weight_NK, unit, candidates)
-        unit_J = np.tile(np.arange(search.scale_QU.shape[1]), len(candidates))
+            return super().errors(codes, weight_NK, unit, scale_QRC, zero_QRC)
+        kind, smallest, largest = kind_of(codes)
+        scale, zero = _lines(scale_QRC, zero_QRC)
+        unit_J = np.tile(np.arange(scale.shape[1]), len(scale))
         sum_J = np.empty(len(unit_J), np.float32)
-        exact_sums(search.kind, search.weight, unit_J, search.scale_QU.reshape(-1), search.zero_QU.reshape(-1), *search.limits, sum_J)
-        return torch.from_numpy(sum_J).view(-1, *search.num_units)
+        exact_sums(kind, _words(weight_NK, unit), unit_J, scale.reshape(-1), zero.reshape(-1), smallest, largest, sum_J)
+        return torch.from_numpy(sum_J).view(scale_QRC.shape)
 
-    def best(self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], candidates: Sequence[Scales]) -> Tensor:
+    def best(
+        self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], scale_QRC: Tensor, zero_QRC: Tensor | None, *, amax_RC: Tensor
+    ) -> Tensor:
         if weight_NK.shape[1] % unit[1]:
-            return super().best(codes, weight_NK, unit, candidates)
-        search = _Search(codes, weight_NK, unit, candidates)
-        index_U = np.empty(search.scale_QU.shape[1], np.int64)
-        amax_U = self.extremes(weight_NK, unit, symmetric=True).flatten().numpy()
-        best_candidates(search.kind, search.weight, amax_U, search.scale_QU, search.zero_QU, *search.limits, index_U)
-        return torch.from_numpy(index_U).view(search.num_units)
-
-
-class _Search:
-    """What the loops of `search.py` take."""
-
-    def __init__(self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], candidates: Sequence[Scales]) -> None:
-        self.num_units = _num_units(weight_NK, unit)
-        self.scale_QU = torch.stack([scales.scale_RC.expand(self.num_units) for scales in candidates]).flatten(1).numpy()
-        zeros = [scales.zero_RC.expand(self.num_units).flatten() for scales in candidates if scales.zero_RC is not None]
-        self.zero_QU = torch.stack(zeros).numpy() if zeros else np.zeros_like(self.scale_QU)
-        self.kind, smallest, largest = kind_of(codes)
-        self.limits = smallest, largest
-        is_paired = weight_NK.dtype == torch.bfloat16 and unit[1] % 2 == 0
-        words = (weight_NK if is_paired else weight_NK.float()).contiguous().view(torch.uint32).numpy()
-        num_rows, row_words = words.shape
-        self.weight = Weight(words.reshape(-1), 2 if is_paired else 1, num_rows, row_words, *unit, self.num_units[1])
+            return super().best(codes, weight_NK, unit, scale_QRC, zero_QRC, amax_RC=amax_RC)
+        kind, smallest, largest = kind_of(codes)
+        scale, zero = _lines(scale_QRC, zero_QRC)
+        index_U = np.empty(scale.shape[1], np.int64)
+        best_candidates(kind, _words(weight_NK, unit), amax_RC.flatten().numpy(), scale, zero, smallest, largest, index_U)
+        return torch.from_numpy(index_U).view(scale_QRC.shape[1:])
 
 
 def _num_units(weight_NK: Tensor, unit: tuple[int, int]) -> tuple[int, int]:
     return -(-weight_NK.shape[0] // unit[0]), weight_NK.shape[1] // unit[1]
+
+
+def _words(weight_NK: Tensor, unit: tuple[int, int]) -> Weight:
+    is_paired = weight_NK.dtype == torch.bfloat16 and unit[1] % 2 == 0
+    words = (weight_NK if is_paired else weight_NK.float()).contiguous().view(torch.uint32).numpy()
+    num_rows, row_words = words.shape
+    return Weight(words.reshape(-1), 2 if is_paired else 1, num_rows, row_words, *unit, weight_NK.shape[1] // unit[1])
+
+
+def _lines(scale_QRC: Tensor, zero_QRC: Tensor | None) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Scales and zeros of candidates, [Q, U]."""
+    scale = scale_QRC.flatten(1).numpy()
+    return scale, np.zeros_like(scale) if zero_QRC is None else zero_QRC.flatten(1).numpy()
 
 
 def _unsigned(weight_NK: Tensor) -> NDArray[Any]:

@@ -14,7 +14,6 @@ Legend: schemes/scheme.py; Q candidates, L lines, T pieces at a time, P columns 
 """
 
 import threading
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -67,7 +66,7 @@ class TritonKernels(TorchKernels):
         scales = Scales(scale_RC, scale_RC)
         for codes in PROBED_CODES:
             encoded = [kernels.codes(codes, weight_NK, PROBED_UNIT, scales).view(torch.uint8) for kernels in (self, TORCH)]
-            searched = [kernels.errors(codes, weight_NK, PROBED_UNIT, [scales]) for kernels in (self, TORCH)]
+            searched = [kernels.errors(codes, weight_NK, PROBED_UNIT, scale_RC[None], None) for kernels in (self, TORCH)]
             if not (torch.equal(*encoded) and torch.equal(*searched)):
                 return f"they give other bits than the reference for {codes}"
         return None
@@ -91,23 +90,21 @@ class TritonKernels(TorchKernels):
                 return self._codes(codes, weight_NK, unit, scales, per_byte=1).view(torch.float8_e4m3fn)
         return super().codes(codes, weight_NK, unit, scales)
 
-    def errors(self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], candidates: Sequence[Scales]) -> Tensor:
+    def errors(self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], scale_QRC: Tensor, zero_QRC: Tensor | None) -> Tensor:
         num_rows, num_columns = weight_NK.shape
         a, b = unit
         piece = min(b & -b, MAX_PIECE)
         if num_columns % b or piece < MIN_PIECE:
-            return super().errors(codes, weight_NK, unit, candidates)
+            return super().errors(codes, weight_NK, unit, scale_QRC, zero_QRC)
         num_units = _num_units(weight_NK, unit)
-        scale_QRC = torch.stack([scales.scale_RC.expand(num_units) for scales in candidates])
-        zeros = [scales.zero_RC.expand(num_units) for scales in candidates if scales.zero_RC is not None]
         kind, num_bits = _kind(codes)
-        shape = (len(candidates), num_units[0], a, num_units[1], b // piece)
+        shape = (len(scale_QRC), num_units[0], a, num_units[1], b // piece)
         sums = torch.empty(shape, dtype=torch.float32, device=weight_NK.device)
         num_pieces = sums[0].numel()
         with self._lock, _current(weight_NK.device):
             _errors_kernel[(triton.cdiv(num_pieces, TILE // piece),)](
-                _loadable(weight_NK), scale_QRC, torch.stack(zeros) if zeros else None, sums,
-                len(candidates), num_rows * num_units[1] * (b // piece), num_pieces, a, num_units[1], scale_QRC[0].numel(), b // piece,
+                _loadable(weight_NK), scale_QRC.contiguous(), None if zero_QRC is None else zero_QRC.contiguous(), sums,
+                len(scale_QRC), num_rows * num_units[1] * (b // piece), num_pieces, a, num_units[1], scale_QRC[0].numel(), b // piece,
                 kind, num_bits, TILE // piece, piece, **EXACT,
             )  # fmt: skip
         return tree_sum(tree_sum(sums).transpose(2, 3))

@@ -6,7 +6,6 @@ Legend: scheme.py; Q candidates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from streamquant.lazy import torch
@@ -42,17 +41,20 @@ class Kernels(Protocol):
     def codes(self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], scales: Scales) -> Tensor:
         """weight / scale + zero in float32, rounded once to a code and packed. Finite weights."""
 
-    def errors(self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], candidates: Sequence[Scales]) -> Tensor:
-        """For each of the candidates the sum over each unit of |code - quotient| ** 2.4, float32 [Q, R, C].
+    def errors(self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], scale_QRC: Tensor, zero_QRC: Tensor | None) -> Tensor:
+        """For each of the candidates, float32 scales and zeros, the sum over each unit of |code - quotient| ** 2.4, float32 [Q, R, C].
 
         `rounding.power_2_4`, added by `rounding.tree_sum` over b, then over a.
         """
 
-    def best(self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], candidates: Sequence[Scales]) -> Tensor:
+    def best(
+        self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], scale_QRC: Tensor, zero_QRC: Tensor | None, *, amax_RC: Tensor
+    ) -> Tensor:
         """Which of the candidates has the least error in each unit, int64 [R, C]; the first of equals.
 
         The error is the sum of `errors` times `rounding.power_2_4` of the scale in units of the first candidate's, so that nothing
         underflows. Where the first candidate's is no number, as in a unit with a weight that is not finite, it is the first.
+        `amax_RC`: the largest magnitude in each unit, or what is not finite.
         """
 
 
@@ -72,21 +74,23 @@ class TorchKernels:
         return torch.stack([low_RC, high_RC])
 
     def codes(self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], scales: Scales) -> Tensor:
-        code_RaCb = codes.round(quotient(cut_units(weight_NK, unit).float(), scales))
+        code_RaCb = codes.round(quotient(cut_units(weight_NK, unit).float(), scales.scale_RC, scales.zero_RC))
         return codes.pack(join_units(code_RaCb, weight_NK.shape))
 
-    def errors(self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], candidates: Sequence[Scales]) -> Tensor:
+    def errors(self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], scale_QRC: Tensor, zero_QRC: Tensor | None) -> Tensor:
         weight_RaCb = cut_units(weight_NK, unit).float()
         sums = []
-        for scales in candidates:
-            quotient_RaCb = quotient(weight_RaCb, scales)
+        for q, scale_RC in enumerate(scale_QRC):
+            quotient_RaCb = quotient(weight_RaCb, scale_RC, None if zero_QRC is None else zero_QRC[q])
             distance_RaCb = codes.value(codes.round(quotient_RaCb.clone())).sub_(quotient_RaCb)
             sums.append(tree_sum(tree_sum(power_2_4(distance_RaCb)).transpose(1, 2)))
         return torch.stack(sums)
 
-    def best(self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], candidates: Sequence[Scales]) -> Tensor:
-        scale_QRC = torch.stack([scales.scale_RC for scales in candidates])
-        error_QRC = self.errors(codes, weight_NK, unit, candidates).mul_(power_2_4(scale_QRC / scale_QRC[0]))
+    def best(
+        self, codes: Codes, weight_NK: Tensor, unit: tuple[int, int], scale_QRC: Tensor, zero_QRC: Tensor | None, *, amax_RC: Tensor
+    ) -> Tensor:
+        del amax_RC
+        error_QRC = self.errors(codes, weight_NK, unit, scale_QRC, zero_QRC).mul_(power_2_4(scale_QRC / scale_QRC[0]))
         index_RC, least_RC = torch.zeros_like(error_QRC[0], dtype=torch.int64), error_QRC[0]
         for index, error_RC in enumerate(error_QRC[1:], start=1):
             better_RC = error_RC < least_RC  # false where the error is NaN

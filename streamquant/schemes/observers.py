@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from streamquant.lazy import torch
 from streamquant.schemes.kernels import Kernels
 from streamquant.schemes.rounding import power_of_two_multiple
-from streamquant.schemes.units import Scales
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,10 +66,13 @@ def _search(scheme: Scheme, weight_NK: Tensor, unit: tuple[int, int], extremes_B
     at_once = max(weight_NK.numel() // 3 // (num_candidates * num_columns), 1)
     best = []
     for start in range(0, num_rows, at_once):
-        bounds_BQRC = candidates(extremes_BRC[:, start : start + at_once], grid.expand, factors, weight_NK.dtype)
+        rows_BRC = extremes_BRC[:, start : start + at_once]
+        bounds_BQRC = candidates(rows_BRC, grid.expand, factors, weight_NK.dtype)
         scales = scheme.search_scales(bounds_BQRC.flatten(1, 2), weight_NK.dtype)
+        shape = bounds_BQRC.shape[1:]
+        zero_QRC = None if scales.zero_RC is None else scales.zero_RC.view(shape)
         rows_NK = weight_NK[start * unit[0] : (start + at_once) * unit[0]]
-        index_RC = kernels.best(scheme.codes, rows_NK, unit, _split(scales, num_candidates))
+        index_RC = kernels.best(scheme.codes, rows_NK, unit, scales.scale_RC.view(shape), zero_QRC, amax_RC=rows_BRC.abs().amax(0))
         index_BQRC = index_RC.expand(len(bounds_BQRC), 1, *index_RC.shape)
         best.append(bounds_BQRC.gather(1, index_BQRC)[:, 0])
     return torch.cat(best, dim=1)
@@ -81,9 +83,3 @@ def candidates(extremes_BRC: Tensor, expand: float, factors: Sequence[float], dt
     factor_Q11 = torch.tensor(factors, device=extremes_BRC.device)[:, None, None]
     widest_BRC = (extremes_BRC * expand).to(dtype).float()
     return torch.cat([extremes_BRC[:, None], (widest_BRC[:, None] * factor_Q11).to(dtype).float()], dim=1)
-
-
-def _split(scales: Scales, count: int) -> list[Scales]:
-    """Scales of `count` candidates that lie one below the other."""
-    zeros = [None] * count if scales.zero_RC is None else scales.zero_RC.chunk(count)
-    return [Scales(*each) for each in zip(scales.stored_RC.chunk(count), scales.scale_RC.chunk(count), zeros, strict=True)]

@@ -34,11 +34,11 @@ def join_units(weight_RaCb: Tensor, shape: tuple[int, ...]) -> Tensor:
     return weight_RaCb.flatten(2).flatten(0, 1)[: shape[0], : shape[1]]
 
 
-def quotient(weight_RaCb: Tensor, scales: Scales) -> Tensor:
+def quotient(weight_RaCb: Tensor, scale_RC: Tensor, zero_RC: Tensor | None) -> Tensor:
     """The float32 number that is rounded to a code: weight / scale + zero."""
-    quotient_RaCb = weight_RaCb / scales.scale_RC[:, None, :, None]
-    if scales.zero_RC is not None:
-        quotient_RaCb.add_(scales.zero_RC[:, None, :, None])
+    quotient_RaCb = weight_RaCb / scale_RC[:, None, :, None]
+    if zero_RC is not None:
+        quotient_RaCb.add_(zero_RC[:, None, :, None])
     return quotient_RaCb
 
 
