@@ -26,7 +26,7 @@ from streamquant.kernels import find_kernels
 from streamquant.lazy import torch
 from streamquant.memory import LANES_PER_GPU, Gpus, Memory, available_cpus, budget_gpu_memory, budget_memory, container_for
 from streamquant.output import files_of, finish, is_done, is_finished, job_of, require_space
-from streamquant.plan import Copy, Encode, Plan, Shard, make_plan
+from streamquant.plan import Copy, Encode, Plan, make_plan
 from streamquant.recipe import Recipe, make_recipe
 from streamquant.schemes.kernels import TORCH, Kernels
 from streamquant.schemes.plain import Plain
@@ -259,12 +259,11 @@ def convert(
         if calibration_wish is not None:
             from streamquant.calibrate.run import prepare  # with transformers, which only this mode needs
 
-            preparation = stack.enter_context(prepare(calibration_wish, the_plan, opened))
+            preparation = stack.enter_context(prepare(calibration_wish, the_plan, inventory, opened))
         if isinstance(opened, LocalSource):
             _refuse_overlap(opened.folder, out)
         work = _Work(
             plan=the_plan,
-            inventory=inventory,
             source=opened,
             out=out,
             job=job_of(the_plan, allow_nonfinite=allow_nonfinite, calibration=None if preparation is None else preparation.job),
@@ -305,7 +304,6 @@ class _Work:
     """A conversion that may write."""
 
     plan: Plan
-    inventory: Inventory
     source: Source
     out: Path
     job: Mapping[str, Any]
@@ -338,7 +336,17 @@ class _Work:
             require_space(todo, out=self.out, work=folder, temporary_bytes=spool_bytes(todo, self.memory))
             total_bytes = bytes_to_do(todo, journal)
             if preparation is not None:
-                done = done._replace(calibration=self._calibrate(preparation, todo, folder, journal))
+                calibration = preparation.calibrate(
+                    todo,
+                    work=folder,
+                    journal=journal,
+                    max_hidden_bytes=self.max_hidden_bytes,
+                    device=self.devices[0],
+                    kernels=self.kernels,
+                    allow_nonfinite=self.allow_nonfinite,
+                    on_progress=self.on_progress,
+                )
+                done = done._replace(calibration=calibration)
             calibrated_bytes = total_bytes - bytes_to_do(todo, journal)
             with Trace(trace) as timeline:
                 stream_shards(
@@ -360,24 +368,6 @@ class _Work:
             done = done._replace(nonfinite=tuple(sorted(journal.nonfinite)))
             shutil.rmtree(folder)
         return done
-
-    def _calibrate(self, preparation: Preparation, todo: Sequence[Shard], folder: Path, journal: Journal) -> CalibrationReport:
-        from streamquant.calibrate.run import calibrate
-
-        return calibrate(
-            preparation,
-            self.plan,
-            self.inventory,
-            self.source,
-            todo=todo,
-            work=folder,
-            journal=journal,
-            max_hidden_bytes=self.max_hidden_bytes,
-            device=self.devices[0],
-            kernels=self.kernels,
-            allow_nonfinite=self.allow_nonfinite,
-            on_progress=self.on_progress,
-        )
 
 
 def _shifted(on_progress: OnProgress, done_bytes: int, progress: Progress) -> None:

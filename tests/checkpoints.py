@@ -1,10 +1,11 @@
 """Tiny real checkpoints."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -14,6 +15,7 @@ from streamquant.schemes import SCHEMES
 
 DATA_FREE = [preset for preset, scheme in SCHEMES.items() if not scheme.needs_data]
 WIKI_LLAMA = Path(__file__).parent.parent / "examples" / "wiki-llama"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 def with_data(preset: str) -> dict[str, Any]:
@@ -52,6 +54,38 @@ def write_checkpoint(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     return folder
+
+
+def add_tokenizer(folder: Path) -> Path:
+    """Give a checkpoint the tokenizer of wiki-llama."""
+    for name in TOKENIZER:
+        (folder / name).write_bytes((WIKI_LLAMA / name).read_bytes())
+    return folder
+
+
+def write_wiki_llama(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
+    """wiki-llama with other weights."""
+    return add_tokenizer(write_checkpoint(folder, tensors, config=json.loads((WIKI_LLAMA / "config.json").read_text())))
+
+
+def write_model(folder: Path, model_type: str, *, change: Callable[[Any], None] | None = None, **settings: Any) -> Path:
+    """A tiny model of transformers, random and in bfloat16, with the tokenizer of wiki-llama; `change` may change its weights."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": 4096,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+    }
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **sizes | {"num_key_value_heads": 2} | settings)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if change is not None:
+        change(model)
+    model.save_pretrained(folder)
+    return add_tokenizer(folder)
 
 
 def write_mistral(folder: Path, *shards: Mapping[str, Tensor], params: Mapping[str, Any] | None = None) -> Path:

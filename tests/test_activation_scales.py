@@ -13,14 +13,13 @@ import streamquant
 from streamquant.calibrate import layers
 from streamquant.calibrate.data import CalibrationOptions, load_calibration, load_tokenizer
 from streamquant.errors import RequestError
-from tests.checkpoints import WIKI_LLAMA, read_tensors, write_checkpoint
+from tests.checkpoints import WIKI_LLAMA, add_tokenizer, read_tensors, write_checkpoint, write_model, write_wiki_llama
 from tests.test_cli import run
 
 pytestmark = [pytest.mark.transformers, pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")]
 
 DEFAULT_TEXT = Path(layers.__file__).parent / "default_text.txt"
 SUFFIXES = {"FP8": "input_scale", "NVFP4": "input_global_scale"}
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +86,7 @@ def test_smoothing_moves_what_is_large_out_of_the_inputs(tmp_path: Path, options
         tensors[f"model.layers.{layer}.input_layernorm.weight"][::32] *= 64
         for leaf in ("q_proj", "k_proj", "v_proj"):
             tensors[f"model.layers.{layer}.self_attn.{leaf}.weight"][:, ::32] /= 64
-    config = json.loads((WIKI_LLAMA / "config.json").read_text())
-    files = {name: (WIKI_LLAMA / name).read_text() for name in TOKENIZER}
-    source = write_checkpoint(tmp_path / "source", tensors, config=config, side_files=files)
+    source = write_wiki_llama(tmp_path / "source", tensors)
     for method in ("rtn", "smoothquant"):
         streamquant.convert(source, tmp_path / method, scheme="NVFP4", method=method, **options)
     plain, smooth = input_scales(tmp_path / "rtn"), input_scales(tmp_path / "smoothquant")
@@ -122,20 +119,13 @@ def test_what_transformers_computes_is_near_the_model(preset: str, tmp_path: Pat
 def test_an_expert_without_tokens_takes_the_scale_of_the_others(
     tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=4096, hidden_size=64, intermediate_size=96, moe_intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, num_experts=3, num_experts_per_tok=1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    for layer in model.model.layers:
-        layer.mlp.gate.weight.data[0] = 0
-        layer.mlp.gate.weight.data[2] = -layer.mlp.gate.weight.data[1]  # of these two one is always above zero
-    source = tmp_path / "source"
-    model.save_pretrained(source)
-    for name in TOKENIZER:
-        (source / name).write_bytes((WIKI_LLAMA / name).read_bytes())
+    def starve(model: Any) -> None:
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.data[0] = 0
+            layer.mlp.gate.weight.data[2] = -layer.mlp.gate.weight.data[1]  # of these two one is always above zero
+
+    sizes = {"moe_intermediate_size": 48, "num_experts": 3, "num_experts_per_tok": 1}
+    source = write_model(tmp_path / "source", "qwen3_moe", change=starve, **sizes)
     monkeypatch.setattr(layers, "FEW_TOKENS", 0)
     report = streamquant.convert(source, tmp_path / "out", scheme="FP8", max_fallback=1.0, **options)
     assert report.calibration is not None
@@ -227,7 +217,7 @@ def test_scales_of_keys_and_values_are_those_of_what_the_cache_holds(tmp_path: P
 
 def test_the_cache_of_weights_that_keep_their_codes_is_measured_alone(tmp_path: Path, options: dict[str, Any]) -> None:
     streamquant.convert(WIKI_LLAMA, tmp_path / "first", scheme="W8A16")
-    (tmp_path / "first" / "tokenizer.json").write_bytes((WIKI_LLAMA / "tokenizer.json").read_bytes())
+    add_tokenizer(tmp_path / "first")
     report = streamquant.convert(tmp_path / "first", tmp_path / "second", scheme="W8A16", kv_cache="fp8", **options)
     assert report.calibration is not None
     assert report.calibration.records == ()
@@ -237,31 +227,22 @@ def test_the_cache_of_weights_that_keep_their_codes_is_measured_alone(tmp_path: 
 
 
 def test_caches_that_cannot_be_measured_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
-    transformers = pytest.importorskip("transformers")
-    sizes = {
-        "vocab_size": 4096,
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "head_dim": 16,
-    }
-    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 2}
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
     latent = {
-        "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1,
+        "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 2,
         "num_key_value_heads": 4,
     }  # fmt: skip
     cases = {"gpt_oss": (experts, "were not seen: the model computes attention by itself"), "deepseek_v3": (latent, "nothing to measure")}
-    for model_type, (more, said) in cases.items():
-        source = tmp_path / model_type
-        config = transformers.AutoConfig.for_model(model_type, **sizes | more)
-        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(source)
-        for name in TOKENIZER:
-            (source / name).write_bytes((WIKI_LLAMA / name).read_bytes())
+    for model_type, (settings, said) in cases.items():
+        source = write_model(tmp_path / model_type, model_type, **settings)
         with pytest.raises(RequestError, match=said):
             streamquant.convert(
                 source, tmp_path / "out", scheme="attention=FP8_DYNAMIC,FP8_DYNAMIC", kv_cache="fp8", restart=True, **options
             )
+    more = {f"extra.self_attn.{role}_proj.weight": torch.ones(128, 256, dtype=torch.bfloat16) for role in "kv"}
+    source = write_wiki_llama(tmp_path / "more", read_tensors(WIKI_LLAMA) | more)
+    with pytest.raises(RequestError, match=r"extra\.self_attn is in no decoder layer, where its keys and values could be measured"):
+        streamquant.convert(source, tmp_path / "none", scheme="W8A16", kv_cache="fp8", **options)
     with pytest.raises(RequestError, match="--kv-cache takes calibration data: add --calibration-data"):
         streamquant.convert(WIKI_LLAMA, tmp_path / "none", scheme="W4A16", kv_cache="fp8")
     with pytest.raises(RequestError, match="stated in the config of compressed-tensors, and there will be none"):

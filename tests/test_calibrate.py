@@ -1,7 +1,6 @@
 """The calibrated mode as a whole: what it writes is better, complete, and the same after a kill."""
 
 import gc
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,14 +18,13 @@ from streamquant.calibrate.statistics import Statistics
 from streamquant.checkpoint.journal import Journal
 from streamquant.errors import CheckpointError, RequestError
 from streamquant.stream import Progress
-from tests.checkpoints import WIKI_LLAMA, file_bytes, read_tensors, write_checkpoint
+from tests.checkpoints import WIKI_LLAMA, file_bytes, read_tensors, write_model, write_wiki_llama
 from tests.test_cli import run
 
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
 
 DEFAULT_TEXT = Path(layers.__file__).parent / "default_text.txt"
 OTHER_TEXT = Path(__file__).parent / "data" / "wikitext2-sample.txt"
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 SMALL: dict[str, Any] = {"samples": 12, "sequence_length": 64, "seed": 3}
 METHODS = ("gptq", "awq", "smoothquant", "awq+gptq", "smoothquant+gptq")
 
@@ -74,7 +72,7 @@ def reference(input_ids_BT: Tensor) -> Tensor:
 @pytest.mark.parametrize("method", METHODS)
 def test_calibration_is_nearer_to_the_model_than_rounding(method: str, tmp_path: Path, input_ids_BT: Tensor, reference: Tensor) -> None:
     """Of weights with outliers in the channels that inputs have them in, which is what these methods exist for."""
-    source = with_outliers(WIKI_LLAMA, tmp_path / "source")
+    source = with_outliers(tmp_path / "source")
     more = {"samples": 48, "sequence_length": 128}
     report = convert(source, tmp_path / "out", method=method, **more)
     rounded = streamquant.convert(source, tmp_path / "rounded", scheme="W4A16")
@@ -95,9 +93,9 @@ def test_calibration_is_nearer_to_the_model_than_rounding(method: str, tmp_path:
         assert all(record["error_after"] < record["error_before"] for record in moved)
 
 
-def with_outliers(source: Path, target: Path) -> Path:
-    """The same function, with some channels of each norm made larger and the columns that read them smaller."""
-    tensors = read_tensors(source)
+def with_outliers(target: Path) -> Path:
+    """The function of wiki-llama, with some channels of each norm made larger and the columns that read them smaller."""
+    tensors = read_tensors(WIKI_LLAMA)
     generator = torch.Generator().manual_seed(5)
     readers = {"input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
                "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj")}  # fmt: skip
@@ -109,9 +107,7 @@ def with_outliers(source: Path, target: Path) -> Path:
         for reader in readers[kind]:
             weight = f"{layer}.{reader}.weight"
             tensors[weight] = (tensors[weight].float() / scale_K).bfloat16()
-    config = json.loads((source / "config.json").read_text())
-    files = {name: (source / name).read_text() for name in TOKENIZER}
-    return write_checkpoint(target, tensors, config=config, side_files=files)
+    return write_wiki_llama(target, tensors)
 
 
 @pytest.mark.parametrize("preset", ["W4A16_ASYM", "W8A8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16", "MXFP4"])
@@ -240,17 +236,7 @@ def test_hidden_states_in_a_file_change_no_byte(tmp_path: Path, monkeypatch: pyt
 @pytest.fixture
 def experts(tmp_path: Path) -> Path:
     """A small model with experts and the tokenizer of the example."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=4096, hidden_size=64, intermediate_size=96, moe_intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    folder = tmp_path / "experts"
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    for name in TOKENIZER:
-        (folder / name).write_bytes((WIKI_LLAMA / name).read_bytes())
-    return folder
+    return write_model(tmp_path / "experts", "qwen3_moe", moe_intermediate_size=48, num_experts=4, num_experts_per_tok=2)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
@@ -284,15 +270,7 @@ def test_hessians_of_experts_that_would_be_too_large_are_shared(experts: Path, t
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_stacks_of_experts_that_are_kept_stay_as_they_are(tmp_path: Path, method: str) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.AutoConfig.for_model(
-        "gpt_oss", vocab_size=4096, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
-        num_local_experts=2, num_experts_per_tok=1, num_key_value_heads=2,
-    )  # fmt: skip
-    source = tmp_path / "source"
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(source)
-    for name in TOKENIZER:
-        (source / name).write_bytes((WIKI_LLAMA / name).read_bytes())
+    source = write_model(tmp_path / "source", "gpt_oss", num_local_experts=2, num_experts_per_tok=1)
     report = convert(source, tmp_path / "out", scheme="attention=W8A16", group_size=16, method=method)
     assert report.calibration is not None
     assert {record.name.rpartition(".self_attn.")[2] for record in report.calibration.records if not record.is_pair} == {
@@ -335,9 +313,7 @@ def test_too_many_weights_that_could_not_be_calibrated_fail_the_run(tmp_path: Pa
 def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
     tensors = read_tensors(WIKI_LLAMA)
     tensors["model.layers.2.mlp.up_proj.weight"][3, 5] = math.nan
-    config = json.loads((WIKI_LLAMA / "config.json").read_text())
-    files = {name: (WIKI_LLAMA / name).read_text() for name in TOKENIZER}
-    source = write_checkpoint(tmp_path / "source", tensors, config=config, side_files=files)
+    source = write_wiki_llama(tmp_path / "source", tensors)
     with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.up_proj\.weight holds NaN"):
         convert(source, tmp_path / "out", method="gptq")
     report = convert(source, tmp_path / "out", method="gptq", allow_nonfinite=True, restart=True)

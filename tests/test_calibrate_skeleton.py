@@ -19,7 +19,7 @@ from streamquant.checkpoint.checkpoint import read_checkpoint
 from streamquant.checkpoint.local import LocalSource
 from streamquant.errors import RequestError
 from streamquant.inputs import Stack, find_weights
-from tests.checkpoints import read_tensors, write_checkpoint
+from tests.checkpoints import read_tensors, write_checkpoint, write_model
 
 pytestmark = pytest.mark.transformers
 
@@ -215,6 +215,19 @@ def test_it_is_so_in_bfloat16_too(title, make):
     theirs = load(make(title).folder, dtype=torch.bfloat16)
     skeleton, read = open_skeleton(make(title).folder, dtype=torch.bfloat16)
     assert_same_run(Made(theirs, make(title).folder), skeleton, read, [random_ids()])
+
+
+@pytest.mark.parametrize(("model_type", "held"), [("llama", torch.bfloat16), ("gemma3_text", torch.float32)])
+def test_embeddings_are_held_as_stored_unless_the_model_computes_with_them(model_type, held, tmp_path):
+    folder = write_model(tmp_path / "model", model_type)
+    skeleton, read = open_skeleton(folder)
+    assert read("model.embed_tokens.weight").dtype == torch.bfloat16
+    skeleton.load_outer(read)
+    assert skeleton._decoder.embed_tokens.weight.dtype == held
+    input_ids = random_ids()
+    hidden, _ = skeleton.record(input_ids)
+    assert hidden.dtype == torch.float32
+    assert torch.equal(hidden, their_states(load(folder), skeleton.layer_prefix, input_ids)[0][0])
 
 
 @pytest.mark.parametrize("title", MODELS)

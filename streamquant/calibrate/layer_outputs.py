@@ -53,6 +53,11 @@ class LayerOutputs:
         for writer in self._writers.values():
             writer.close()
 
+    @property
+    def addresses(self) -> list[Address]:
+        """Those of all steps, in the order of the plan."""
+        return list(dict.fromkeys(self.address_of.values()))
+
     def step_of(self, name: str) -> Step | None:
         """What happens to a weight or tensor of the source; None for an expert whose stack is copied whole."""
         address = self.address_of.get(name)

@@ -151,11 +151,11 @@ class LayerCalibration:
         Raises RequestError if more than `max_fallback` of the weights are left to plain rounding.
         """
         layers = [list(self.skeleton.sites(index)) for index in range(self.skeleton.num_layers)]
-        self._require_inputs({name for names in layers for name in names})
-        finished = [all(self.outputs.is_finished(address) for address in self._steps_of(names)) for names in layers]
+        addresses = [self._steps_of(names) for names in layers]
+        self._require_reached({address for of_layer in addresses for address in of_layer})
+        finished = [all(map(self.outputs.is_finished, of_layer)) for of_layer in addresses]
         records = self._earlier_records(finished)
-        steps = [address.step for names in layers for address in self._steps_of(names)]
-        num_weights = sum(len(step.members) for step in steps if isinstance(step, Encode))
+        num_weights = sum(len(address.step.members) for of_layer in addresses for address in of_layer if isinstance(address.step, Encode))
         self._require_few_fallbacks(records, num_weights)
         if all(finished):
             return records
@@ -176,15 +176,19 @@ class LayerCalibration:
             heap.give_back()
         return records
 
-    def _require_inputs(self, in_layers: Set[str]) -> None:
-        for step in self.plan.steps:
+    def _require_reached(self, reached: Set[Address]) -> None:
+        """What takes data is in a layer."""
+        for step in (address.step for address in self.outputs.addresses if address not in reached):
+            if isinstance(step, Measure):
+                raise RequestError(
+                    f"{step.module} is in no decoder layer, where its keys and values could be measured; leave out --kv-cache"
+                )
             if isinstance(step, Encode) and step.scheme.needs_data:
-                outside = next((member for member in step.members if member.weight.name not in in_layers), None)
-                if outside is not None:
-                    raise RequestError(
-                        f"{outside.weight.name} is in no decoder layer, where {step.scheme.preset} could measure its inputs; "
-                        f"--ignore {outside.module}, or give it another scheme"
-                    )
+                weight = step.members[0].weight
+                raise RequestError(
+                    f"{weight.name} is in no decoder layer, where {step.scheme.preset} could measure its inputs; "
+                    f"--ignore {weight.module}, or give it another scheme"
+                )
 
     # --- what a layer is made of ------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -72,31 +72,35 @@ def make_calibration_wish(
     if method not in METHODS:
         raise RequestError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
     given = {name: value for name, value in options.items() if value is not None}
-    measured = next((scheme.preset for scheme in schemes if scheme.needs_data), None)
-    needs_data = measured is not None or fp8_cache
-    found = METHODS[method]
-    if found is None:
-        others = {"max_fallback": max_fallback, "compute_dtype": compute_dtype}
-        ignored = [*given, *(name for name, value in others.items() if value is not None)]
-        if measured is not None and not given:
-            raise RequestError(
-                f"{measured} stores activation scales, which take calibration data; without data use {WITHOUT_DATA[measured]}, "
-                "else add --calibration-data, or --samples of the text that comes with the package"
-            )
-        if fp8_cache and not given:
-            raise RequestError(
-                "--kv-cache takes calibration data: add --calibration-data, or --samples of the text that comes with the package"
-            )
-        if not needs_data and ignored:
-            flags = ", ".join("--calibration-data" if name == "data" else f"--{name.replace('_', '-')}" for name in ignored)
-            raise RequestError(f"{flags}: method {method} takes no data; choose another --method: {', '.join(list(METHODS)[1:])}")
-        if not needs_data:
+    chosen = METHODS[method]
+    if chosen is None:
+        need = _need_of_data(schemes, fp8_cache=fp8_cache)
+        if need and not given:
+            raise RequestError(need)
+        if not need:
+            _refuse_settings(method, given | {"max_fallback": max_fallback, "compute_dtype": compute_dtype})
             return None
-        found = MEASURING
+        chosen = MEASURING
     most = DEFAULT_MAX_FALLBACK if max_fallback is None else max_fallback
     if not 0 <= most <= 1:
         raise RequestError(f"--max-fallback {most} is no part of all weights, from 0 to 1")
     dtype = compute_dtype or COMPUTE_DTYPES[0]
     if dtype not in COMPUTE_DTYPES:
         raise RequestError(f"unknown compute dtype {dtype!r}; known are {', '.join(COMPUTE_DTYPES)}")
-    return CalibrationWish(method, found, CalibrationOptions(**given), most, dtype)
+    return CalibrationWish(method, chosen, CalibrationOptions(**given), most, dtype)
+
+
+def _need_of_data(schemes: Iterable[Scheme], *, fp8_cache: bool) -> str:
+    """What takes data although the method takes none, and how data is given; or ""."""
+    add = "add --calibration-data, or --samples of the text that comes with the package"
+    measured = next((scheme.preset for scheme in schemes if scheme.needs_data), None)
+    if measured is not None:
+        return f"{measured} stores activation scales, which take calibration data; without data use {WITHOUT_DATA[measured]}, else {add}"
+    return f"--kv-cache takes calibration data: {add}" if fp8_cache else ""
+
+
+def _refuse_settings(method: str, settings: Mapping[str, Any]) -> None:
+    """Raise RequestError if there are any, of a calibration that there will not be."""
+    flags = ["--calibration-data" if name == "data" else f"--{name.replace('_', '-')}" for name in settings if settings[name] is not None]
+    if flags:
+        raise RequestError(f"{', '.join(flags)}: method {method} takes no data; choose another --method: {', '.join(list(METHODS)[1:])}")

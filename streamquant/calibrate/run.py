@@ -89,6 +89,9 @@ class Preparation:
     """What a calibration needs, known before anything is written."""
 
     wish: CalibrationWish
+    plan: Plan
+    inventory: Inventory
+    source: Source
     folder: Path  # with the config of the model
     data: Calibration
 
@@ -97,54 +100,49 @@ class Preparation:
         """What the output depends on."""
         return self.wish.to_json() | {"tokens": self.data.digest}
 
+    def calibrate(
+        self,
+        todo: Sequence[Shard],
+        *,
+        work: Path,
+        journal: Journal,
+        max_hidden_bytes: int,
+        device: torch.device,
+        kernels: Kernels,
+        allow_nonfinite: bool,
+        on_progress: OnProgress | None,
+    ) -> CalibrationReport:
+        """Finish everything in the decoder layers that the method changes. `todo`: the shards that no earlier run has finished."""
+        heap.map_large_blocks()
+        total_bytes = bytes_to_do(todo, journal)
+        nonfinite: set[str] | None = set() if allow_nonfinite else None
+        biases = [bias for item in self.inventory.items if isinstance(item, Stack) for bias in item.biases]
+        with torch.inference_mode(), LayerOutputs(self.plan, work=work, journal=journal) as outputs:
+            layers = LayerCalibration(
+                plan=self.plan,
+                weights={weight.name: weight for weight in (*self.inventory.weights, *biases)},
+                source=self.source,
+                skeleton=build_skeleton(self.folder, shapes_of(self.inventory), device=device),
+                calibration=self.data,
+                method=self.wish.method,
+                max_fallback=self.wish.max_fallback,
+                outputs=outputs,
+                work=work,
+                device=device,
+                kernels=kernels,
+                compute_dtype=find_compute_dtype(self.wish.compute_dtype, device),
+                nonfinite=nonfinite,
+                on_progress=on_progress and (lambda where: on_progress(Progress(outputs.finished_bytes, total_bytes, where))),
+            )
+            records = layers.run(max_hidden_bytes)
+        return CalibrationReport(self.wish.name, self.data.title, len(self.data.samples), self.data.num_tokens, tuple(records))
+
 
 @contextmanager
-def prepare(wish: CalibrationWish, plan: Plan, source: Source) -> Iterator[Preparation]:
+def prepare(wish: CalibrationWish, plan: Plan, inventory: Inventory, source: Source) -> Iterator[Preparation]:
     """Read config, tokenizer and data."""
     with model_folder(plan, source) as folder:
-        yield Preparation(wish, folder, load_calibration(wish.options, load_tokenizer(folder)))
-
-
-def calibrate(
-    preparation: Preparation,
-    plan: Plan,
-    inventory: Inventory,
-    source: Source,
-    *,
-    todo: Sequence[Shard],
-    work: Path,
-    journal: Journal,
-    max_hidden_bytes: int,
-    device: torch.device,
-    kernels: Kernels,
-    allow_nonfinite: bool,
-    on_progress: OnProgress | None,
-) -> CalibrationReport:
-    """Finish everything in the decoder layers that the method changes. `todo`: the shards that no earlier run has finished."""
-    heap.map_large_blocks()
-    wish, data = preparation.wish, preparation.data
-    total_bytes = bytes_to_do(todo, journal)
-    nonfinite: set[str] | None = set() if allow_nonfinite else None
-    biases = [bias for item in inventory.items if isinstance(item, Stack) for bias in item.biases]
-    with torch.inference_mode(), LayerOutputs(plan, work=work, journal=journal) as outputs:
-        layers = LayerCalibration(
-            plan=plan,
-            weights={weight.name: weight for weight in (*inventory.weights, *biases)},
-            source=source,
-            skeleton=build_skeleton(preparation.folder, shapes_of(inventory), device=device),
-            calibration=data,
-            method=wish.method,
-            max_fallback=wish.max_fallback,
-            outputs=outputs,
-            work=work,
-            device=device,
-            kernels=kernels,
-            compute_dtype=find_compute_dtype(wish.compute_dtype, device),
-            nonfinite=nonfinite,
-            on_progress=on_progress and (lambda where: on_progress(Progress(outputs.finished_bytes, total_bytes, where))),
-        )
-        records = layers.run(max_hidden_bytes)
-    return CalibrationReport(wish.name, data.title, len(data.samples), data.num_tokens, tuple(records))
+        yield Preparation(wish, plan, inventory, source, folder, load_calibration(wish.options, load_tokenizer(folder)))
 
 
 def find_compute_dtype(name: str, device: torch.device) -> torch.dtype:
