@@ -55,7 +55,7 @@ from measure import (
     print_row,
     streamquant_command,
 )
-from synthetic import llama, write_checkpoint
+from synthetic import WIKI_LLAMA, add_tokenizer, llama, write_checkpoint
 
 import streamquant
 from streamquant.calibrate.data import CalibrationOptions, load_calibration, load_tokenizer
@@ -69,7 +69,6 @@ METHODS = ("gptq", "awq", "awq+gptq")
 OURS, PEER = "streamquant", "llm-compressor"
 EVALUATED_TOKENS = 256  # of a window
 EVALUATED_WINDOWS = 8  # at a time
-WIKI_LLAMA = Path(__file__).resolve().parents[1] / "examples" / "wiki-llama"
 START_OF_OURS = "from transformers import AutoModelForCausalLM, AutoTokenizer; import streamquant.calibrate.run"
 START_OF_PEER = "from transformers import AutoModelForCausalLM, AutoTokenizer; from llmcompressor import oneshot"
 # `IntermediatesCache.pin_memory` fails where torch has no accelerator.
@@ -166,8 +165,7 @@ def main() -> None:
 def _synthetic(folder: Path, gigabytes: float) -> Path:
     tensors, config = llama(round(gigabytes * GIGABYTE))
     write_checkpoint(folder, tensors, config, shard_bytes=GIGABYTE)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(WIKI_LLAMA / name, folder / name)
+    add_tokenizer(folder)
     return folder
 
 

@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 
 from measure import MEGABYTE, Measurement, measure, measure_ok, streamquant_command
-from synthetic import llama, stacked, write_checkpoint
+from synthetic import add_tokenizer, llama, stacked, write_checkpoint
 
 LIMIT_MEBIBYTES = 768
 SOURCE_BYTES = 4_000_000_000
@@ -38,7 +38,6 @@ HIDDEN, INTERMEDIATE = 4096, 14336  # the embedding is 1.05 GB
 SCHEMES = ("FP8_DYNAMIC", "W4A16", "NVFP4A16")
 LARGE_SCHEME = "W2A16"  # the output is real, so it should be small
 NARROW_HIDDEN, NARROW_INTERMEDIATE = 1024, 4096  # of the model that is calibrated
-TOKENIZER = Path(__file__).resolve().parents[1] / "examples" / "wiki-llama"
 V1_NAMES = ("memory.limit_in_bytes", "memory.max_usage_in_bytes")
 V2_NAMES = ("memory.max", "memory.peak")
 
@@ -77,8 +76,7 @@ def main() -> None:
                 print(f"| {total / 1e9:.1f} GB | | skipped: needs {needed / 1e9:.0f} GB of disk | | | | |")
                 continue
             write_checkpoint(folder / "source", tensors, config, shard_bytes=total, sparse=sparse)
-            for name in ("tokenizer.json", "tokenizer_config.json"):
-                shutil.copy(TOKENIZER / name, folder / "source" / name)
+            add_tokenizer(folder / "source")
             for scheme in schemes:
                 run, cgroup_peak = convert_limited(
                     folder, scheme, method=arguments.method, limit_bytes=limit_bytes, cgroup=arguments.cgroup

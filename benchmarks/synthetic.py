@@ -9,6 +9,7 @@ checkpoint has headers and holes: it reads as zeros and takes no room on the dis
 import argparse
 import json
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ BYTES_PER_WEIGHT = 2  # bfloat16
 BLOCK_ELEMENTS = 1 << 24
 VOCABULARY = 128256
 SEED = 1
+WIKI_LLAMA = Path(__file__).resolve().parents[1] / "examples" / "wiki-llama"
 
 
 class Tensor(NamedTuple):
@@ -201,6 +203,12 @@ def _write_normal(output: StepWriter, start: int, num_elements: int) -> None:
         count = min(BLOCK_ELEMENTS, num_elements - first)
         block = torch.empty(count).normal_(0.0, 0.02, generator=generator).to(torch.bfloat16)
         output.write(start + first * BYTES_PER_WEIGHT, block.view(torch.uint8).numpy().data)
+
+
+def add_tokenizer(folder: Path) -> None:
+    """Give a checkpoint the tokenizer of wiki-llama."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(WIKI_LLAMA / name, folder / name)
 
 
 def main() -> None:
