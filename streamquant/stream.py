@@ -315,17 +315,17 @@ class _Engine:
 
     def _groups(self, shard: Shard, writer: ShardWriter) -> Iterator[Sequence[_Task]]:
         """The tasks of the steps, in groups whose bytes are fetched together."""
-        batches: dict[tuple[Scheme, int, str], _Batch] = {}
+        batches: dict[tuple[Scheme, str], _Batch] = {}
         for index, step in enumerate(shard.steps):
             if index in writer.finished:
                 continue
             output = StepWriter(writer)
             if isinstance(step, Encode) and self._may_be_batched(step):
-                weight = step.members[0].weight
-                batch = batches.setdefault((step.scheme, weight.shape[1], weight.dtype), _Batch())
+                kind = step.scheme, step.members[0].weight.dtype
+                batch = batches.setdefault(kind, _Batch())
                 batch.add(_StepInWork(shard, writer, index, output), step)
                 if batch.num_elements > self._memory.batch_elements - self._small_elements:
-                    yield [self._batch_task(batches.pop((step.scheme, weight.shape[1], weight.dtype)))]
+                    yield [self._batch_task(batches.pop(kind))]
                 continue
             tasks = list(self._tasks(step, output))
             if tasks:
@@ -481,21 +481,34 @@ class _Engine:
             self._store_once(member, scheme, output, shared)
 
     def _encode_batch(self, parts: Sequence[_Part], reader: Reader) -> None:
-        """Encode weights of one scheme, one number of columns and one dtype as if they were one."""
-        scheme = parts[0].step.scheme
-        weights = [part.member.weight for part in parts]
-        memory = self._lane.memory_to_read()("batch", sum(weight.num_bytes for weight in weights))
+        """Read weights of one scheme and one dtype in their order; encode those with as many columns as if they were one."""
+        alike: dict[int, list[_Part]] = {}
+        for part in parts:
+            alike.setdefault(part.member.weight.shape[1], []).append(part)
+        sizes = {part.member.weight.name: part.member.weight.num_bytes for own in alike.values() for part in own}
+        memory = self._lane.memory_to_read()("batch", sum(sizes.values()))
+        piece_of = dict(zip(sizes, torch.split(memory, list(sizes.values())), strict=True))
         with self._trace.span("read"):
-            for weight, piece in zip(weights, torch.split(memory, [weight.num_bytes for weight in weights]), strict=True):
-                weight.read(reader, 0, weight.shape[0], lambda *_, piece=piece: piece)
-        stacked_NK = memory.view(TORCH_DTYPES[weights[0].dtype]).view(-1, weights[0].shape[1])
+            for _, member, _ in parts:
+                member.weight.read(reader, 0, member.weight.shape[0], lambda *_, piece=piece_of[member.weight.name]: piece)
+        start, left = 0, list[_Part]()
+        for own in alike.values():
+            end = start + sum(part.member.weight.num_bytes for part in own)
+            if not self._encode_alike(own, memory[start:end]):
+                left += own
+            start = end
+        for step, member, output in left:  # finds the one
+            self._encode(step, member, 0, member.weight.shape[0], output, reader)
+
+    def _encode_alike(self, parts: Sequence[_Part], memory: Tensor) -> bool:
+        """Encode weights that lie in `memory`, one below the other. Returns whether all are finite; else nothing is done."""
+        scheme, weight = parts[0].step.scheme, parts[0].member.weight
+        stacked_NK = memory.view(TORCH_DTYPES[weight.dtype]).view(-1, weight.shape[1])
         weight_NK = self._lane.to_device({"weight": stacked_NK})["weight"]
         with self._trace.span("observe"):
             bounds_BRC = scheme.observe(weight_NK, kernels=self._kernels)
         if not math.isfinite(_largest(bounds_BRC)):
-            for step, member, output in parts:  # finds the one
-                self._encode(step, member, 0, member.weight.shape[0], output, reader)
-            return
+            return False
         with self._trace.span("encode"):
             stored = scheme.encode(weight_NK, bounds_BRC, kernels=self._kernels)
             num_lines = {suffix: len(tensor) for suffix, tensor in stored.items()}
@@ -511,6 +524,7 @@ class _Engine:
             start = end
         for _, member, output in parts:
             self._store_once(member, scheme, output, None)
+        return True
 
     def _repack(self, step: Encode, member: Member, start: int, end: int, output: StepWriter, reader: Reader) -> None:
         """Store the codes and scales that the source has."""

@@ -14,10 +14,11 @@ from torch import Tensor
 import streamquant
 from streamquant import memory, stream
 from streamquant.checkpoint import writer
+from streamquant.errors import CheckpointError
 from streamquant.schemes.codes import Codes
 from streamquant.schemes.kernels import TorchKernels
 from streamquant.schemes.units import Scales
-from tests.checkpoints import mlp, weight, write_checkpoint
+from tests.checkpoints import mlp, require_same_output, weight, write_checkpoint
 
 NUM_EXPERTS = 48
 NUM_WEIGHTS = NUM_EXPERTS * 3 * 128 * 128 + 1024 * 512  # of `experts`
@@ -137,6 +138,39 @@ def test_small_weights_share_calls_of_kernels(
     calls_for_experts = kernels.calls["codes"] - math.ceil(1024 * 512 / BLOCK)
     assert calls_for_experts <= 2 * of_experts / (8 * BLOCK) + 2  # not one for each of the 144 weights
     assert kernels.calls["extremes"] == kernels.calls["codes"]
+
+
+def test_small_weights_are_read_in_the_order_of_the_file_whatever_their_width(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {name: tensor for e in range(NUM_EXPERTS) for name, tensor in mlp(f"model.layers.0.mlp.experts.{e}", rows=256).items()}
+    source = write_checkpoint(tmp_path / "source", tensors)
+    starts: list[int] = []
+    preadv = os.preadv
+
+    def spy(descriptor: int, buffers: Any, start: int) -> int:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().is_relative_to(source):
+            starts.append(start)
+        return preadv(descriptor, buffers, start)
+
+    plan = streamquant.plan(source, scheme="FP8_DYNAMIC")
+    monkeypatch.setattr(os, "preadv", spy)
+    streamquant.convert(source, tmp_path / "out", scheme="FP8_DYNAMIC", threads=1)
+    of_weights = starts[-len(tensors) :]
+    assert of_weights == sorted(spec.start for spec in plan.checkpoint.tensors.values())
+
+
+@pytest.mark.parametrize("leaf", ["gate_proj", "down_proj"])
+def test_a_weight_that_is_not_finite_keeps_no_others_from_being_encoded_together(
+    leaf: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {name: tensor for e in range(NUM_EXPERTS) for name, tensor in mlp(f"model.layers.0.mlp.experts.{e}", rows=256).items()}
+    tensors[f"model.layers.0.mlp.experts.1.{leaf}.weight"][5, 7] = math.nan
+    source = write_checkpoint(tmp_path / "source", tensors)
+    with pytest.raises(CheckpointError, match=rf"experts\.1\.{leaf}\.weight holds NaN"):
+        streamquant.convert(source, tmp_path / "out", scheme="FP8_DYNAMIC")
+    streamquant.convert(source, tmp_path / "out", scheme="FP8_DYNAMIC", allow_nonfinite=True, restart=True)
+    monkeypatch.setattr(memory, "BATCH_BLOCKS", 0)
+    streamquant.convert(source, tmp_path / "alone", scheme="FP8_DYNAMIC", allow_nonfinite=True)
+    require_same_output(tmp_path / "out", tmp_path / "alone")
 
 
 def test_a_large_weight_takes_a_call_of_each_operation_for_a_block(
