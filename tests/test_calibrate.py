@@ -320,6 +320,14 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
     assert report.nonfinite == ("model.layers.2.mlp.up_proj.weight",)
 
 
+@pytest.mark.parametrize("large", [3e38, -3e38])
+def test_a_layer_that_overflows_is_named(tmp_path: Path, large: float) -> None:
+    tensors = read_tensors(WIKI_LLAMA)
+    tensors["model.layers.3.mlp.down_proj.weight"][7] = large
+    with pytest.raises(CheckpointError, match="layer 3 gives numbers that are not finite for the calibration data"):
+        convert(write_wiki_llama(tmp_path / "source", tensors), tmp_path / "out", method="gptq")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
