@@ -2,6 +2,9 @@
 
 import gc
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import streamquant
-from streamquant.calibrate import layers
+from streamquant.calibrate import heap, layers
 from streamquant.calibrate.gptq import Solution
 from streamquant.calibrate.run import find_compute_dtype
 from streamquant.calibrate.statistics import Statistics
@@ -318,6 +321,20 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
         convert(source, tmp_path / "out", method="gptq")
     report = convert(source, tmp_path / "out", method="gptq", allow_nonfinite=True, restart=True)
     assert report.nonfinite == ("model.layers.2.mlp.up_proj.weight",)
+
+
+def test_kernels_of_shapes_that_do_not_come_again_are_not_kept(experts: Path, tmp_path: Path) -> None:
+    """Unless somebody has said how many; in a process of its own, for they ask once."""
+    code = """
+import os, sys, streamquant
+streamquant.convert(*sys.argv[1:], scheme="W4A16", group_size=16, method="gptq", samples=2, sequence_length=16)
+print(os.environ["LRU_CACHE_CAPACITY"], os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
+"""
+    few = str(heap.KEPT_KERNELS)
+    for by_user, expected in (({}, [few, few]), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "700"}, [few, "700"])):
+        command = [sys.executable, "-c", code, experts, tmp_path / expected[1]]
+        result = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | by_user)
+        assert result.stdout.split() == expected
 
 
 @pytest.mark.parametrize("large", [3e38, -3e38])

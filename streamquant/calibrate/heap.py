@@ -1,15 +1,26 @@
-"""Memory that is freed goes back to the system: matrices of many sizes leave holes in glibc's heap, and with each layer more is held.
+"""Memory that nobody uses goes back to the system, so that no layer finds less of it than the one before.
 
-Where the C library is another, nothing is done.
+Matrices of many sizes leave holes in glibc's heap (where the C library is another, nothing is done), and libraries keep a kernel for each
+shape of a product, of which experts, given another number of tokens in each batch, make hundreds.
 """
 
 import ctypes
+import os
 from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 MAPPED_BYTES = 16 << 20  # every new page is zeroed: with 1 MiB layers of small models took 1.4 times as long
 
 NEVER = (1 << 31) - 1
+
+KEPT_KERNELS = 32  # more than a layer has shapes of products, without experts
+KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")  # of ideep and oneDNN: by themselves 1024 of 0.3 MB, in bfloat16
+
+
+def keep_few_kernels() -> None:
+    """Have libraries forget kernels that they made for one shape. They ask for it once, when they first make one."""
+    for variable in KERNEL_CACHES:
+        os.environ.setdefault(variable, str(KEPT_KERNELS))
 
 
 def map_large_blocks() -> None:

@@ -114,6 +114,7 @@ class Preparation:
     ) -> CalibrationReport:
         """Finish everything in the decoder layers that the method changes. `todo`: the shards that no earlier run has finished."""
         heap.map_large_blocks()
+        heap.keep_few_kernels()
         total_bytes = bytes_to_do(todo, journal)
         nonfinite: set[str] | None = set() if allow_nonfinite else None
         biases = [bias for item in self.inventory.items if isinstance(item, Stack) for bias in item.biases]
