@@ -15,7 +15,7 @@ from torch import Tensor
 import streamquant
 from streamquant.errors import RequestError
 from streamquant.kernels import find_kernels, search
-from streamquant.schemes import Scheme
+from streamquant.schemes import Scheme, find_scheme
 from streamquant.schemes.codes import ByteIntegers, Codes, E2m1, E4m3, PackedIntegers
 from streamquant.schemes.kernels import TORCH, Kernels
 from streamquant.schemes.packing import flat
@@ -128,6 +128,15 @@ def test_the_best_candidate_is_that_of_the_full_grid(unit: tuple[int, int], code
             zero_QRC = torch.stack([torch.full_like(base_RC, float(i % 3)) for i in range(len(scales_of))]) if with_zero else None
             ours, reference = (kernels.best(codes, weight_NK, unit, scale_QRC, zero_QRC, amax_RC=amax_RC) for kernels in (COMPILED, TORCH))
             assert torch.equal(ours, reference), name
+
+
+@pytest.mark.parametrize("num_columns", [1, 6, 37])
+def test_rows_that_are_no_whole_words_are_searched_as_others(num_columns: int) -> None:
+    """Two numbers of bfloat16 are read at a time."""
+    weight_NK = torch.randn(70, num_columns, generator=torch.Generator().manual_seed(4)).bfloat16()
+    for preset in ("W8A8", "FP8_DYNAMIC"):
+        scheme = find_scheme(preset, observer="mse")
+        assert torch.equal(scheme.observe(weight_NK, kernels=COMPILED), scheme.observe(weight_NK, kernels=TORCH))
 
 
 @pytest.mark.parametrize(("num_columns", "largest", "most"), [(128, 7, 20), (2048, 127, 7)])

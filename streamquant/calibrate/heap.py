@@ -11,7 +11,7 @@ from typing import Any
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 MAPPED_BYTES = 16 << 20  # every new page is zeroed: with 1 MiB layers of small models took 1.4 times as long
 
-NEVER = (1 << 31) - 1
+NEVER = (1 << 31) - 1  # bytes at the end of the heap from which on `free` gives them back
 
 KEPT_KERNELS = 32  # more than a layer has shapes of products, without experts
 KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")  # of ideep and oneDNN: by themselves 1024 of 0.3 MB, in bfloat16
@@ -24,7 +24,10 @@ def keep_few_kernels() -> None:
 
 
 def map_large_blocks() -> None:
-    """Have blocks of MAPPED_BYTES and more mapped, for the rest of the process; by itself glibc takes up to 32 MiB from its heap."""
+    """Have blocks of MAPPED_BYTES and more mapped, for the rest of the process; by itself glibc takes up to 32 MiB from its heap.
+
+    With that set `free` gives back whatever is above 128 KiB, as every matrix is; that is left to `give_back`.
+    """
     mallopt = _function("mallopt")
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)

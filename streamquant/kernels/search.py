@@ -308,7 +308,10 @@ def _load_pieces(weight, unit_V, tiles, unit_TL):  # type: ignore[no-untyped-def
 
 @compiled
 def _first_totals(kind, num_pieces, tiles, unit_TL, scale, zero, smallest, largest, total):  # type: ignore[no-untyped-def]
-    """For each unit the rough sum of the first candidate into `total`, [Q, V]; that of (weight / its smallest scale) ** 2, [V]."""
+    """For each unit the rough sum of the first candidate into `total`, [Q, V].
+
+    Returns its smallest scale, and the rough sum of (weight / that) ** 2, [V].
+    """
     smallest_scale = scale[0].copy()
     for q in range(1, len(scale)):
         for i in range(len(smallest_scale)):

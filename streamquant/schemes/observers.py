@@ -60,7 +60,7 @@ def _search(scheme: Scheme, weight_NK: Tensor, unit: tuple[int, int], extremes_B
     """The best bounds for each unit. Some rows of units at a time, for which scales take no more memory than the weight."""
     _, num_rows, num_columns = extremes_BRC.shape
     factors = grid.factors
-    if scheme.scales_are_powers_of_two:  # in a grid that shrinks by less than half a scale halves once at most
+    if scheme.scales_are_powers_of_two:  # `mse` shrinks by less than half, so that a scale halves once at most
         factors = factors[-1:]
     num_candidates = 1 + len(factors)
     at_once = max(weight_NK.numel() // 3 // (num_candidates * num_columns), 1)
