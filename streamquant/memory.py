@@ -31,8 +31,9 @@ from streamquant.schemes.observers import OBSERVERS
 from streamquant.sizes import MEBIBYTE, enough_mebibytes
 
 BLOCK_ELEMENTS = 1 << 18  # operations of torch on them about fit a 2 MB L2 cache
-BATCH_BLOCKS = 4
-SMALL_PART = 4  # weights of this part of a batch are small: calls would take longer than computing
+BATCH_BLOCKS = 8  # of small weights that a task reads; they are computed on a block at a time
+SMALL_PART = 8  # weights of this part of a batch are small: calls would take longer than computing
+MAX_PLAIN_BYTES = 4  # of an element that is stored as it is
 GPU_BLOCK_ELEMENTS = 1 << 23  # a task of bfloat16: enough to hide what starting kernels costs
 MIN_GPU_BLOCK_ELEMENTS = 1 << 20
 # For each element of a block: the temporaries of the reference (40), to which other kernels leave some weights, what a search has for
@@ -60,7 +61,7 @@ class Memory(NamedTuple):
     num_workers: int
     block_elements: int  # of weights that are decoded
     plain_block_elements: int  # of those that are stored as they are
-    batch_elements: int  # of small weights that are computed together; 0 if none are
+    batch_elements: int  # of small weights that a task takes; 0 if none is to take several
     keep_bytes: int  # per worker: weights that share a scale are read once up to this, larger ones twice
     read_bytes: int  # per worker: what is read at a time of weights that are no plain tensors; 0 if there are none
     peak_bytes: int  # predicted
@@ -154,8 +155,11 @@ def budget_memory(
         ahead = min(max(max_bytes // 4, ahead), MAX_READ_AHEAD_BYTES, max_bytes - needed)
     num_workers = max(min(num_workers, (max_bytes - ahead) // needed), 1)
     left = (max_bytes - ahead) // num_workers - block_bytes
-    batch_elements = 0 if is_remote else min(BATCH_BLOCKS * plain_block_elements, (block_bytes + left) // working_bytes)
-    batch_bytes = batch_elements * working_bytes if smallest <= batch_elements // SMALL_PART else 0
+    stack_bytes = plain_block_elements * working_bytes
+    batch_elements = (
+        0 if is_remote else min(BATCH_BLOCKS * plain_block_elements, max(block_bytes + left - stack_bytes, 0) // MAX_PLAIN_BYTES)
+    )
+    batch_bytes = stack_bytes + batch_elements * MAX_PLAIN_BYTES if smallest <= batch_elements // SMALL_PART else 0
     if reads_parts:
         read_bytes = max(min(left // 4, MAX_READ_BYTES), MIN_READ_BYTES)
     keep_bytes = min(left - 2 * read_bytes, MAX_KEEP_BYTES * (1 + searches))

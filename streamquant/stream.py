@@ -13,6 +13,7 @@ import math
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -145,7 +146,7 @@ class _Part(NamedTuple):
 
 @dataclass(slots=True)
 class _Batch:
-    """Small steps that are encoded together."""
+    """Small steps that a task encodes."""
 
     in_work: list[_StepInWork] = field(default_factory=list)
     steps: list[Encode] = field(default_factory=list)
@@ -156,6 +157,25 @@ class _Batch:
         self.in_work.append(in_work)
         self.steps.append(step)
         self.num_elements += sum(member.weight.num_elements for member in step.members)
+
+
+@dataclass(slots=True)
+class _Stack:
+    """Weights of a batch with as many columns, read one below the other."""
+
+    memory: Tensor
+    parts: list[_Part] = field(default_factory=list)
+    num_bytes: int = 0
+
+    def add(self, part: _Part) -> Allocate:
+        """Put a weight to the others; gives what it is to be read into."""
+        start, self.num_bytes = self.num_bytes, self.num_bytes + part.member.weight.num_bytes
+        self.parts.append(part)
+        return lambda _, num_bytes: self.memory[start : start + num_bytes]
+
+    def clear(self) -> None:
+        """Make room."""
+        self.parts, self.num_bytes = [], 0
 
 
 @dataclass(slots=True)
@@ -335,7 +355,7 @@ class _Engine:
 
     @property
     def _small_elements(self) -> int:
-        """A step of at most so many elements is computed together with others."""
+        """A step of at most so many elements is done together with others."""
         return self._memory.batch_elements // SMALL_PART
 
     def _may_be_batched(self, step: Encode) -> bool:
@@ -481,24 +501,32 @@ class _Engine:
             self._store_once(member, scheme, output, shared)
 
     def _encode_batch(self, parts: Sequence[_Part], reader: Reader) -> None:
-        """Read weights of one scheme and one dtype in their order; encode those with as many columns as if they were one."""
-        alike: dict[int, list[_Part]] = {}
-        for part in parts:
-            alike.setdefault(part.member.weight.shape[1], []).append(part)
-        sizes = {part.member.weight.name: part.member.weight.num_bytes for own in alike.values() for part in own}
+        """Read weights of one scheme and one dtype in their order; encode those with as many columns, up to a block of them, as one."""
+        num_bytes = Counter[int]()  # by columns
+        for _, member, _ in parts:
+            num_bytes[member.weight.shape[1]] += member.weight.num_bytes
+        block_bytes = self._memory.plain_block_elements * TORCH_DTYPES[parts[0].member.weight.dtype].itemsize
+        sizes = {num_columns: min(size, block_bytes) for num_columns, size in num_bytes.items()}
         memory = self._lane.memory_to_read()("batch", sum(sizes.values()))
-        piece_of = dict(zip(sizes, torch.split(memory, list(sizes.values())), strict=True))
-        with self._trace.span("read"):
-            for _, member, _ in parts:
-                member.weight.read(reader, 0, member.weight.shape[0], lambda *_, piece=piece_of[member.weight.name]: piece)
-        start, left = 0, list[_Part]()
-        for own in alike.values():
-            end = start + sum(part.member.weight.num_bytes for part in own)
-            if not self._encode_alike(own, memory[start:end]):
-                left += own
-            start = end
-        for step, member, output in left:  # finds the one
+        stacks = dict(zip(sizes, map(_Stack, torch.split(memory, list(sizes.values()))), strict=True))
+        left = list[_Part]()
+        for part in parts:
+            weight = part.member.weight
+            stack = stacks[weight.shape[1]]
+            if stack.num_bytes + weight.num_bytes > len(stack.memory):
+                left += self._encode_stack(stack)
+            with self._trace.span("read"):
+                weight.read(reader, 0, weight.shape[0], stack.add(part))
+        for stack in stacks.values():
+            left += self._encode_stack(stack)
+        for step, member, output in left:  # finds the one that is not finite
             self._encode(step, member, 0, member.weight.shape[0], output, reader)
+
+    def _encode_stack(self, stack: _Stack) -> list[_Part]:
+        """Encode the weights of a stack, and clear it. Returns them if they are not all finite; else none is left."""
+        parts, memory = stack.parts, stack.memory[: stack.num_bytes]
+        stack.clear()
+        return [] if self._encode_alike(parts, memory) else parts
 
     def _encode_alike(self, parts: Sequence[_Part], memory: Tensor) -> bool:
         """Encode weights that lie in `memory`, one below the other. Returns whether all are finite; else nothing is done."""
