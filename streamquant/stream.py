@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from streamquant.checkpoint.header import TensorSpec
 from streamquant.checkpoint.journal import Journal
 from streamquant.checkpoint.source import Extent, Reader, Source
 from streamquant.checkpoint.writer import ShardWriter, StepWriter
@@ -164,14 +165,18 @@ class _Stack:
     """Weights of a batch with as many columns, read one below the other."""
 
     memory: Tensor
+    buffer: memoryview = field(init=False)  # the same bytes
     parts: list[_Part] = field(default_factory=list)
     num_bytes: int = 0
 
-    def add(self, part: _Part) -> Allocate:
-        """Put a weight to the others; gives what it is to be read into."""
-        start, self.num_bytes = self.num_bytes, self.num_bytes + part.member.weight.num_bytes
+    def __post_init__(self) -> None:
+        self.buffer = self.memory.numpy().data
+
+    def read(self, part: _Part, spec: TensorSpec, reader: Reader) -> None:
+        """Put a weight, which is stored as it is, to the others."""
+        start, self.num_bytes = self.num_bytes, self.num_bytes + spec.num_bytes
+        reader.read(spec.file, spec.start, self.buffer[start : self.num_bytes])
         self.parts.append(part)
-        return lambda _, num_bytes: self.memory[start : start + num_bytes]
 
     def clear(self) -> None:
         """Make room."""
@@ -512,11 +517,11 @@ class _Engine:
         left = list[_Part]()
         for part in parts:
             weight = part.member.weight
-            stack = stacks[weight.shape[1]]
-            if stack.num_bytes + weight.num_bytes > len(stack.memory):
+            stack, spec = stacks[weight.shape[1]], weight.tensors["weight"]
+            if stack.num_bytes + spec.num_bytes > len(stack.memory):
                 left += self._encode_stack(stack)
             with self._trace.span("read"):
-                weight.read(reader, 0, weight.shape[0], stack.add(part))
+                stack.read(part, spec, reader)
         for stack in stacks.values():
             left += self._encode_stack(stack)
         for step, member, output in left:  # finds the one that is not finite

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -135,8 +136,10 @@ def verify(
 
 def _container_problems(checkpoint: Checkpoint, source: LocalSource) -> list[str]:
     problems = []
+    tensors_of: defaultdict[str, dict[str, tuple[str, list[int]]]] = defaultdict(dict)
+    for spec in checkpoint.tensors.values():
+        tensors_of[spec.file][spec.name] = spec.dtype, list(spec.shape)
     for shard in checkpoint.shards:
-        ours = {spec.name: (spec.dtype, list(spec.shape)) for spec in checkpoint.tensors.values() if spec.file == shard}
         try:
             with safe_open(source.folder / shard, framework="pt") as reader:
                 slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118, it is no mapping
@@ -144,7 +147,7 @@ def _container_problems(checkpoint: Checkpoint, source: LocalSource) -> list[str
         except SafetensorError as error:
             problems.append(f"{shard}: the safetensors library refuses it: {error}")
             continue
-        if ours != theirs:
+        if tensors_of[shard] != theirs:
             problems.append(f"{shard}: the safetensors library reads other tensors from it than its header says")
     sizes, index_name = source.sizes(), checkpoint.layout.index_name
     if index_name in sizes:
