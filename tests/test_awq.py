@@ -72,6 +72,19 @@ def test_linears_with_the_same_input_share_statistics() -> None:
     assert collector.of("up") is None
 
 
+@pytest.mark.parametrize("preset", ["W4A16", "W8A8"])
+def test_a_row_counts_as_often_as_it_stands_for_others(preset: str) -> None:
+    """Of q and k only every few rows are looked at, of q fewer: neither is to count for more than it has rows."""
+    input_TK, (query_NK, key_NK) = inputs_with_outliers(), weights(24, 16)
+    statistics, scheme = statistics_of(input_TK), SCHEMES[preset]
+    steps = Steps(127.0, 256) if preset == "W8A8" else None
+    some = [Reader(query_NK, statistics, rounding(scheme), steps, stride=4), Reader(key_NK, statistics, rounding(scheme), steps)]
+    every = [Reader(query_NK.repeat_interleave(4, 0), statistics, rounding(scheme), steps), some[1]]
+    found, expected = (search_scale(readers, statistics, group_size=128) for readers in (some, every))
+    torch.testing.assert_close(found.scale_K, expected.scale_K)
+    assert found[1:] == pytest.approx(expected[1:], rel=1e-4)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES.keys())
 def test_the_scale_is_the_best_of_the_grid_by_the_outputs_themselves(scheme: Scheme) -> None:
     """By the formulas of the paper, in float64, on the inputs and not on their Hessian."""

@@ -123,6 +123,16 @@ def test_gptq_for_other_schemes(preset: str, tmp_path: Path) -> None:
     assert streamquant.verify(tmp_path / "out", against=WIKI_LLAMA).problems == []
 
 
+def test_errors_are_told_of_all_rows_though_only_some_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def errors_before(name: str) -> dict[str, float]:
+        told = convert(WIKI_LLAMA, tmp_path / name, method="awq").to_json()["calibration"]
+        return {record["name"]: record["error_before"] for record in told["pairs"] if not record["fallback"]}
+
+    every = errors_before("every")
+    monkeypatch.setattr(layers, "SEARCHED_ROWS", 32)
+    assert errors_before("some") == pytest.approx(every, rel=0.3)  # one row in 8 of those of q, one in 4 of those of k
+
+
 def test_what_is_in_no_layer_is_as_without_data(tmp_path: Path) -> None:
     convert(WIKI_LLAMA, tmp_path / "gptq", method="gptq", include=["lm_head"])
     streamquant.convert(WIKI_LLAMA, tmp_path / "rtn", scheme="W4A16", include=["lm_head"])

@@ -45,10 +45,11 @@ class Steps(NamedTuple):
 class Reader(NamedTuple):
     """A weight that reads the input."""
 
-    weight_NK: Tensor  # float32
+    weight_NK: Tensor  # float32; some of its rows
     statistics: Statistics  # of what it is given: of an expert only some tokens
     round: Round
     steps: Steps | None = None
+    stride: int = 1  # for how many rows each of them stands
 
 
 class Scaling(NamedTuple):
@@ -94,11 +95,12 @@ def smooth_scale(readers: Sequence[Reader], statistics: Statistics, *, strength:
 
 def _relative_magnitude(readers: Sequence[Reader], group_size: int) -> Tensor:
     total_K, num_rows = torch.zeros_like(readers[0].weight_NK[0]), 0
-    for weight_NK, *_ in readers:
+    for reader in readers:
+        weight_NK = reader.weight_NK
         group_NGk = weight_NK.abs().view(len(weight_NK), -1, group_size)
         relative_NGk = group_NGk / group_NGk.amax(2, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        total_K += relative_NGk.flatten(1).sum(0)
-        num_rows += len(weight_NK)
+        total_K += relative_NGk.flatten(1).sum(0) * reader.stride
+        num_rows += len(weight_NK) * reader.stride
     return total_K / num_rows
 
 
@@ -112,9 +114,10 @@ def _error(readers: Sequence[Reader], scale_K: Tensor) -> float:
     total = 0.0
     for reader in readers:
         scaled_NK = reader.weight_NK * scale_K
-        total += float(hessian_error(reader.round(scaled_NK) / scale_K - reader.weight_NK, reader.statistics.hessian_KK).sum())
+        error = float(hessian_error(reader.round(scaled_NK) / scale_K - reader.weight_NK, reader.statistics.hessian_KK).sum())
         if reader.steps is not None:
-            total += _input_error(scaled_NK, reader.statistics, scale_K, reader.steps)
+            error += _input_error(scaled_NK, reader.statistics, scale_K, reader.steps)
+        total += error * reader.stride
     return total
 
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_DAMPING = 1.0
-MEASURED_ROWS = 1024  # at most, but no fewer than one in 8: to measure the error of a row takes as long as to quantize it
+MEASURED_ROWS = 256  # to measure the error of a row takes as long as to quantize it
+MAX_STRIDE = 8
 COLUMNS_AT_ONCE = 256  # of the Hessian, when an error is measured
 
 
@@ -104,7 +105,7 @@ def gptq(
     is_lost_N = ~after_N.isfinite()
     if is_lost_N.any():
         code_NK[is_lost_N], after_N[is_lost_N] = plain.code_NK[is_lost_N], plain.error_before_N[is_lost_N]
-    after_N = _spread_rows(after_N[measured_rows(len(after_N))], len(after_N))
+    after_N = _spread_rows(after_N[spaced_rows(len(after_N))], len(after_N))
     if not after_N.sum() < plain.error_before_N.sum():
         return plain._replace(damping=factor.damping, fallback="the error is no less than that of plain rounding")
     return Solution(code_NK, plain.scales, plain.error_before_N, after_N, factor.damping, "")
@@ -129,7 +130,7 @@ def round_to_nearest(
     if hessian_KK is None:
         error_N = torch.full_like(weight_NK[:, 0], torch.nan, dtype=torch.float64)
     else:
-        rows = measured_rows(len(weight_NK))
+        rows = spaced_rows(len(weight_NK))
         value_NK = dequantize(code_NK, scales.scale_RC, unit=unit, zero_RC=scales.zero_RC)[rows]
         error_N = _spread_rows(hessian_error(value_NK - weight_NK[rows], hessian_KK), len(weight_NK))
     return Solution(code_NK, scales, error_N, error_N, 0.0, "")
@@ -149,14 +150,14 @@ def hessian_error(error_NK: Tensor, hessian_KK: Tensor) -> Tensor:
     return total_N.mul_(2 * mean)
 
 
-def measured_rows(num_rows: int) -> slice:
-    """The rows of a weight for which errors are measured."""
-    return slice(None, None, min(-(-num_rows // MEASURED_ROWS), 8))
+def spaced_rows(num_rows: int, enough: int = MEASURED_ROWS) -> slice:
+    """Evenly spaced rows of a weight that stand for all: `enough` at most, but no fewer than one in MAX_STRIDE."""
+    return slice(None, None, min(-(-num_rows // enough), MAX_STRIDE))
 
 
 def _spread_rows(measured_M: Tensor, num_rows: int) -> Tensor:
     """To each row what was measured for it, or for the last one above it that was."""
-    return measured_M.repeat_interleave(measured_rows(num_rows).step)[:num_rows]
+    return measured_M.repeat_interleave(spaced_rows(num_rows).step)[:num_rows]
 
 
 # --- the Hessian -----------------------------------------------------------------------------------------------------
