@@ -22,6 +22,7 @@ from streamquant.engines import check, find_engine
 from streamquant.errors import RequestError, StreamquantError, one_line
 from streamquant.inputs import LAYOUTS
 from streamquant.kernels import KERNELS, find_kernels
+from streamquant.output import require_outside
 from streamquant.progress import LOGGER, TO_STDERR, JsonLog, narrate
 from streamquant.schemes import FORMATS
 from streamquant.schemes.observers import OBSERVERS
@@ -172,8 +173,8 @@ def convert(source: str, out: str, *, dry_run: bool, report_file: str | None, lo
 @contextmanager
 def _logged(file: str | None, *, source: str, out: str, **figures: Any) -> Iterator[JsonLog]:
     """A log that begins with what is to be done, and ends with the error if there is one."""
-    if file not in (None, TO_STDERR) and Path(out).resolve() in Path(file).resolve().parents:
-        raise RequestError(f"--log-json {file} is inside OUT, which is for the output alone; choose another place")
+    if file is not None and file != TO_STDERR:
+        require_outside(out, file, option="--log-json")
     with JsonLog(file) as log:
         log.write("start", streamquant=streamquant.__version__, source=without_secrets(source), out=out, **figures)
         try:

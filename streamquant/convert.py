@@ -25,7 +25,7 @@ from streamquant.inputs import Inventory, find_weights
 from streamquant.kernels import find_kernels
 from streamquant.lazy import torch
 from streamquant.memory import LANES_PER_GPU, Gpus, Memory, available_cpus, budget_gpu_memory, budget_memory, container_for
-from streamquant.output import files_of, finish, is_done, is_finished, job_of, require_space
+from streamquant.output import files_of, finish, is_done, is_finished, job_of, require_outside, require_space
 from streamquant.plan import Copy, Encode, Plan, make_plan
 from streamquant.recipe import Recipe, make_recipe
 from streamquant.schemes.kernels import TORCH, Kernels
@@ -220,6 +220,8 @@ def convert(
     """
     started = time.monotonic()
     out = Path(out)
+    if trace is not None:
+        require_outside(out, trace, option="--trace")
     devices = resolve_devices(device)
     found_kernels = find_kernels(kernels, *devices)
     wish = make_recipe(

@@ -1,6 +1,7 @@
 """The folder that a conversion writes: whose it is, whether there is room, and everything in it but the shards."""
 
 import json
+import os
 import shutil
 import zlib
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,12 @@ from streamquant.version import __version__
 
 CHUNK_BYTES = 8 << 20
 BLOCK_BYTES = 512  # in which the file system counts what a file takes
+
+
+def require_outside(out: str | os.PathLike[str], file: str | os.PathLike[str], *, option: str) -> None:
+    """Raise RequestError if `file`, which `option` names, would become a part of the output."""
+    if Path(out).resolve() in Path(file).resolve().parents:
+        raise RequestError(f"{option} {file} is inside OUT, which is for the output alone; choose another place")
 
 
 def job_of(plan: Plan, *, allow_nonfinite: bool, calibration: Mapping[str, Any] | None = None) -> dict[str, Any]:

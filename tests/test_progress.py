@@ -66,7 +66,7 @@ def start_and_wait_for_a_shard(source: Path, out: Path, log: Path, *options: str
 def test_without_a_terminal_there_are_lines_from_the_plan_to_the_end(tmp_path: Path) -> None:
     done = run(WIKI_LLAMA, tmp_path / "out", "--scheme", "W4A16", "--max-shard-size", "5MB", "--threads", "1")
     first, *between, reading, last = done.stderr.splitlines()
-    expected = r"13.6 MB to read and 6.65 MB to write in 2 files, with \d+.\d MB of working memory in 1 workers, kernels: numba"
+    expected = r"13.6 MB to read and 6.65 MB to write in 2 files, with \d+(\.\d)? MB of working memory in 1 workers, kernels: numba"
     assert re.fullmatch(expected, first)
     shards = [f"model-0000{number}-of-00002.safetensors is finished" for number in (1, 2)]
     assert [line for line in between if line.endswith("finished")] == shards

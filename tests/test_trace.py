@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import streamquant
+from streamquant.errors import RequestError
 from streamquant.trace import Trace
 from tests.checkpoints import WIKI_LLAMA, file_bytes
 
@@ -37,3 +38,9 @@ def test_a_timeline_tells_what_every_thread_did(tmp_path: Path, scheme: str) -> 
 def test_without_a_file_nothing_is_kept() -> None:
     trace = Trace()
     assert trace.span("read") is trace.span("write")
+
+
+def test_a_timeline_among_the_output_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"--trace .*trace\.json is inside OUT"):
+        streamquant.convert(WIKI_LLAMA, tmp_path / "out", scheme="W4A16", trace=tmp_path / "out" / "more" / "trace.json")
+    assert not (tmp_path / "out").exists()
