@@ -24,9 +24,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Mxfp4Config
 
@@ -35,6 +37,7 @@ from streamquant.schemes import SCHEMES
 from streamquant.verify import dequantize
 from tests import quantized_sources
 from tests.checkpoints import WIKI_LLAMA, read_tensors, with_data
+from tests.oracles import E2M1, E4M3, nearest
 
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
 MOE_MODEL = os.environ.get("STREAMQUANT_MOE_MODEL")
@@ -43,6 +46,7 @@ TEXT = Path(__file__).parent / "data" / "wikitext2-sample.txt"
 WINDOW = 128  # as in vllm_check.py
 TOLERANCE = 0.005  # on the perplexity; swapped nibbles in a single matrix of 42 make 0.007, zero points off by one in one layer 0.011
 TIMEOUT_SECONDS = 3000
+NO_SCALES: Mapping[str, torch.Tensor] = {}
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(VLLM_PYTHON is None, reason="VLLM_PYTHON is not set")]
 
@@ -259,17 +263,40 @@ def convert(source: Path, out: Path, case: Case) -> None:
     streamquant.convert(source, out, threads=1, device="cpu", **settings)
 
 
-def perplexity(source: Path, weights: Iterator[tuple[str, torch.Tensor]], folder: Path) -> float:
-    """Of the plain bfloat16 model with these weights, in transformers. Each window is scored on its own."""
+def perplexity(
+    source: Path, weights: Iterator[tuple[str, torch.Tensor]], folder: Path, *, input_scales: Mapping[str, torch.Tensor] = NO_SCALES
+) -> float:
+    """Of the plain bfloat16 model with these weights, in transformers. Each window is scored on its own.
+
+    `input_scales`, by module: inputs are rounded to NVFP4 with them.
+    """
     folder.mkdir()
     save_file({name: weight.to(torch.bfloat16) for name, weight in weights}, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_bytes((source / "config.json").read_bytes())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    for module, scale in input_scales.items():
+        model.get_submodule(module).register_forward_pre_hook(functools.partial(round_input, scale.double().numpy()))
     tokens = AutoTokenizer.from_pretrained(source)(TEXT.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
     windows = torch.tensor(tokens[: len(tokens) // WINDOW * WINDOW]).view(-1, WINDOW)
     with torch.inference_mode():
         logits = model(input_ids=windows, use_cache=False).logits[:, :-1].float()
     return math.exp(F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()))
+
+
+def round_input(global_scale: NDArray[Any], module: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
+    """The input of a linear as an engine with NVFP4 activations sees it, in float64."""
+    del module
+    groups = args[0].double().numpy().reshape(-1, 16)
+    scale = E4M3[nearest(np.abs(groups).max(1, keepdims=True) / 6 * global_scale, E4M3)] / global_scale
+    quotient = np.divide(groups, scale, out=np.zeros_like(groups), where=scale > 0)
+    rounded = np.copysign(E2M1[nearest(quotient, E2M1)], groups) * scale
+    return torch.from_numpy(rounded).view(args[0].shape).to(args[0].dtype)
+
+
+def input_scales_of(out: Path) -> dict[str, torch.Tensor]:
+    """The scales of inputs in NVFP4 of an output, by module."""
+    suffix = ".input_global_scale"
+    return {name.removesuffix(suffix): tensor for name, tensor in read_tensors(out).items() if name.endswith(suffix)}
 
 
 def try_model(model: str, folder: Path) -> dict[str, Outcome]:
@@ -288,7 +315,7 @@ def try_model(model: str, folder: Path) -> dict[str, Outcome]:
         if case.settings:
             convert(sources[case.stored], out, case)
         folders.append(out)
-        expected.append(perplexity(source, dequantize(out), folder / f"{case.folder}-dense"))
+        expected.append(perplexity(source, dequantize(out), folder / f"{case.folder}-dense", input_scales=input_scales_of(out)))
     torch.set_num_threads(num_threads)
     command = [str(VLLM_PYTHON), str(CHECK), "--text", str(TEXT), *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
