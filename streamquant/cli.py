@@ -29,8 +29,8 @@ from streamquant.schemes.observers import OBSERVERS
 
 GC_THRESHOLD = 1_000_000
 NOT_PLANNED = (
-    "method", "calibration_data", "samples", "sequence_length", "packed", "seed", "max_fallback", "compute_dtype", "allow_nonfinite",
-    "cache", "restart", "trace",
+    "method", "clip", "calibration_data", "samples", "sequence_length", "packed", "seed", "max_fallback", "compute_dtype",
+    "allow_nonfinite", "cache", "restart", "trace",
 )  # fmt: skip
 EXIT_BUG = 1  # as Python exits after a traceback
 EXIT_IO = 4
@@ -91,6 +91,7 @@ def _calibration_options(command: Command) -> Command:
             show_default=True,
             help="rtn rounds, without data; the others calibrate.",
         ),
+        click.option("--clip/--no-clip", default=None, help="Let groups clip their largest weights if that helps; awq does."),
         click.option(
             "--calibration-data", metavar="DATA", help="Text, JSONL, folder, or data set on the Hub; a text comes with the package."
         ),

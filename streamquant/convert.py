@@ -162,6 +162,7 @@ def convert(
     expert_layout: str | None = None,
     max_shard_size: str | int = DEFAULT_MAX_SHARD_SIZE,
     method: str = "rtn",
+    clip: bool | None = None,
     calibration_data: str | os.PathLike[str] | None = None,
     samples: int | None = None,
     sequence_length: int | None = None,
@@ -196,6 +197,8 @@ def convert(
     max_shard_size: bytes, or a size such as "5GB", of a file of the output.
     method: "rtn" rounds, with data only for schemes that store activation scales; "gptq", "awq", "smoothquant", "awq+gptq" and
         "smoothquant+gptq" calibrate, one decoder layer at a time (extra `calibrate`).
+    clip: with a method that calibrates, choose for each group of columns how much of its largest weights to clip, for the least error of
+        the outputs; None: with "awq" and "awq+gptq".
     calibration_data: text, JSONL or JSON file, folder of such files, or data set on the Hub; None: a text that comes with the package.
     samples, sequence_length: how many sequences, of at most how many tokens; 512 of 2048. packed: texts are joined and cut into sequences
         of one length, else each is one. seed: of the choice of samples.
@@ -240,6 +243,7 @@ def convert(
         method,
         wish.schemes,
         fp8_cache=kv_cache is not None,
+        clip=clip,
         data=None if calibration_data is None else os.fspath(calibration_data),
         samples=samples,
         sequence_length=sequence_length,

@@ -78,6 +78,7 @@ def gptq(
     hessian_KK: Tensor,
     scheme: Scheme,
     *,
+    bounds_BRC: Tensor | None = None,
     shared: Tensor | None = None,
     options: GptqOptions = DEFAULTS,
     kernels: Kernels = TORCH,
@@ -85,11 +86,11 @@ def gptq(
 ) -> Solution:
     """Quantize a weight for inputs with this Hessian, a sum of x^T x over tokens; a factor before it does not matter.
 
-    `weight_NK`: finite; of `dtype`, the checkpoint's, or float32 numbers that stand for such. `shared`: as for `Scheme.encode`.
-    Scales are those of plain rounding. Columns that no input ever reaches (zeros on the diagonal) get the code of zero. Plain rounding
-    is kept if its error is no larger, or if the Hessian is of no use.
+    `weight_NK`: finite; of `dtype`, the checkpoint's, or float32 numbers that stand for such. `bounds_BRC`, `shared`: as for
+    `Scheme.encode`. Scales are those of plain rounding. Columns that no input ever reaches (zeros on the diagonal) get the code of zero.
+    Plain rounding is kept if its error is no larger, or if the Hessian is of no use.
     """
-    plain = round_to_nearest(weight_NK, scheme, hessian_KK=hessian_KK, shared=shared, kernels=kernels, dtype=dtype)
+    plain = round_to_nearest(weight_NK, scheme, hessian_KK=hessian_KK, bounds_BRC=bounds_BRC, shared=shared, kernels=kernels, dtype=dtype)
     if fault := _fault(hessian_KK):
         return plain._replace(fallback=fault)
     diagonal_K = hessian_KK.diagonal()
@@ -116,13 +117,15 @@ def round_to_nearest(
     scheme: Scheme,
     *,
     hessian_KK: Tensor | None = None,
+    bounds_BRC: Tensor | None = None,
     shared: Tensor | None = None,
     kernels: Kernels = TORCH,
     dtype: torch.dtype | None = None,
 ) -> Solution:
     """Plain rounding, as `Scheme.encode` does it, with its error under the Hessian. Arguments as for `gptq`."""
     dtype, unit = dtype or weight_NK.dtype, scheme.unit(weight_NK.shape[1])
-    bounds_BRC = scheme.observe(weight_NK.to(dtype), kernels=kernels)
+    if bounds_BRC is None:
+        bounds_BRC = scheme.observe(weight_NK.to(dtype), kernels=kernels)
     if scheme.shares_amax and shared is None:
         shared = scheme.share(bounds_BRC.abs().amax().view(1), dtype)
     scales = scheme.scales(bounds_BRC, dtype, shared)

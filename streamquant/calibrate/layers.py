@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from streamquant.calibrate import heap
 from streamquant.calibrate.awq import Reader, Scaling, Steps, search_scale, smooth_scale
+from streamquant.calibrate.clip import clip_bounds, may_clip
 from streamquant.calibrate.data import Calibration
 from streamquant.calibrate.gptq import Solution, gptq, hessian_error, round_to_nearest, spaced_rows
 from streamquant.calibrate.hidden import HiddenStates
@@ -522,21 +523,34 @@ class LayerCalibration:
         """Codes for weights with one input, stacked, and the errors of each before and after."""
         scheme, dtype, seen = _scheme(group[0].address), self._dtype(group[0].member.weight.name), group[0].statistics
         weight_NK = torch.cat([job.weight_NK for job in group]) if len(group) > 1 else group[0].weight_NK
+        known: Any = {"shared": group[0].shared, "dtype": dtype, "kernels": self.kernels}
         if seen is None or not self.method.uses_hessians:
-            solution = round_to_nearest(weight_NK, scheme, shared=group[0].shared, dtype=dtype, kernels=self.kernels)
+            solution = round_to_nearest(weight_NK, scheme, **known)
             return solution._replace(fallback="" if seen else "no token reached it"), [(0.0, 0.0)] * len(group)
-        if self.method.solver == "gptq":
-            solution = gptq(weight_NK, seen.hessian_KK, scheme, shared=group[0].shared, dtype=dtype, kernels=self.kernels)
-        else:
-            solution = round_to_nearest(
-                weight_NK, scheme, hessian_KK=seen.hessian_KK, shared=group[0].shared, dtype=dtype, kernels=self.kernels
-            )
+        solution = self._solved(weight_NK, seen.hessian_KK, scheme, known)
         rows = [len(job.weight_NK) for job in group]
         before_N, after_N = torch.split(solution.error_before_N, rows), torch.split(solution.error_after_N, rows)
         sizes = [_size([job.weight_NK], seen) for job in group]
         return solution, [
             (float(before.sum()) / size, float(after.sum()) / size) for before, after, size in zip(before_N, after_N, sizes, strict=True)
         ]
+
+    def _solved(self, weight_NK: Tensor, hessian_KK: Tensor, scheme: Scheme, known: Mapping[str, Any]) -> Solution:
+        """By the solver of the method; with clipped bounds, if it clips and that helps."""
+
+        def solve(bounds_BRC: Tensor | None) -> Solution:
+            if self.method.solver == "gptq":
+                return gptq(weight_NK, hessian_KK, scheme, bounds_BRC=bounds_BRC, **known)
+            return round_to_nearest(weight_NK, scheme, hessian_KK=hessian_KK, bounds_BRC=bounds_BRC, **known)
+
+        if not (self.method.clips and may_clip(scheme, weight_NK.shape[1])):
+            return solve(None)
+        bounds_BRC = scheme.observe(weight_NK.to(known["dtype"]), kernels=self.kernels)
+        plain = round_to_nearest(weight_NK, scheme, hessian_KK=hessian_KK, bounds_BRC=bounds_BRC, **known)
+        solution = solve(clip_bounds(weight_NK, bounds_BRC, hessian_KK, scheme, **known))
+        if solution.error_after < plain.error_after:
+            return solution._replace(error_before_N=plain.error_before_N)
+        return plain._replace(damping=solution.damping, fallback=solution.fallback)
 
     def _dtype(self, name: str) -> torch.dtype:
         return TORCH_DTYPES[self.weights[name].dtype]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from streamquant.calibrate.data import CalibrationOptions
@@ -16,10 +16,11 @@ COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """What moves scales between norms and linears, and what finds codes."""
+    """What moves scales between norms and linears, what finds codes, and whether bounds of groups are made smaller before."""
 
     scaling: str  # "", "awq" or "smoothquant"
     solver: str  # "rtn" or "gptq"
+    clips: bool = False
 
     @property
     def uses_hessians(self) -> bool:
@@ -30,8 +31,8 @@ class Method:
 METHODS: dict[str, Method | None] = {
     "rtn": None,  # without data, unless a scheme needs some
     "gptq": Method("", "gptq"),
-    "awq": Method("awq", "rtn"),
-    "awq+gptq": Method("awq", "gptq"),
+    "awq": Method("awq", "rtn", clips=True),
+    "awq+gptq": Method("awq", "gptq", clips=True),
     "smoothquant": Method("smoothquant", "rtn"),
     "smoothquant+gptq": Method("smoothquant", "gptq"),
 }
@@ -51,7 +52,7 @@ class CalibrationWish:
 
     def to_json(self) -> dict[str, Any]:
         """What the output depends on, but for the tokens themselves."""
-        return {"method": self.name, "compute dtype": self.compute_dtype} | {
+        return {"method": self.name, "clip": self.method.clips, "compute dtype": self.compute_dtype} | {
             key: value for key, value in asdict(self.options).items() if key != "data"
         }
 
@@ -61,6 +62,7 @@ def make_calibration_wish(
     schemes: Iterable[Scheme],
     *,
     fp8_cache: bool = False,
+    clip: bool | None = None,
     max_fallback: float | None = None,
     compute_dtype: str | None = None,
     **options: Any,
@@ -78,9 +80,13 @@ def make_calibration_wish(
         if need and not given:
             raise RequestError(need)
         if not need:
-            _refuse_settings(method, given | {"max_fallback": max_fallback, "compute_dtype": compute_dtype})
+            _refuse_settings(method, given | {"clip": clip, "max_fallback": max_fallback, "compute_dtype": compute_dtype})
             return None
+        if clip is not None:
+            raise RequestError(f"--{'' if clip else 'no-'}clip: method {method} does not look at outputs; choose another --method")
         chosen = MEASURING
+    if clip is not None:
+        chosen = replace(chosen, clips=clip)
     most = DEFAULT_MAX_FALLBACK if max_fallback is None else max_fallback
     if not 0 <= most <= 1:
         raise RequestError(f"--max-fallback {most} is no part of all weights, from 0 to 1")
