@@ -214,13 +214,14 @@ def _compare(model: Path, folder: Path, arguments: argparse.Namespace) -> None:
 def _variants(
     model: Path, outputs: Mapping[str, Mapping[str, Path]], folder: Path, arguments: argparse.Namespace
 ) -> dict[tuple[str, str, str], Path]:
-    """Folders by method, program and observer: the source, what was measured, and what is made now beside it."""
+    """Folders by method, program and options: the source, what was measured, and what is made now beside it."""
     variants = {("source", "", ""): model}
-    for method, observer in (("rtn", "minmax"), ("rtn", "mse"), *((method, "mse") for method in outputs)):
-        out = folder / f"{method}-{observer}"
-        _measure(_our_command(model, out, method, arguments, "--observer", observer), folder, out)
-        variants[method, OURS, observer] = out
-    measured = {(method, program, "minmax"): out for method, programs in outputs.items() for program, out in programs.items()}
+    clips = [(method, "--no-clip" if "awq" in method else "--clip") for method in outputs]
+    for method, options in (("rtn", ""), *((method, "--observer mse") for method in ("rtn", *outputs)), *clips):
+        out = folder / f"{method} {options}"
+        _measure(_our_command(model, out, method, arguments, *options.split()), folder, out)
+        variants[method, OURS, options] = out
+    measured = {(method, program, ""): out for method, programs in outputs.items() for program, out in programs.items()}
     order = ["source", "rtn", *outputs]
     return dict(sorted((variants | measured).items(), key=lambda item: (order.index(item[0][0]), item[0][1] != OURS, item[0][2])))
 
@@ -327,7 +328,7 @@ def _evaluate(variants: Mapping[tuple[str, str, str], Path], arguments: argparse
                 divergences[number] += (expected_WTV.exp() * (expected_WTV - logits_WTV)).double().sum().item()
     num_predictions = num_windows * (EVALUATED_TOKENS - 1)
     print(f"\n{source.name} on {num_windows} windows of {EVALUATED_TOKENS} tokens of {arguments.evaluate.name}\n")
-    print_header("method", "program", "observer", "perplexity", "beside the source", "KL divergence from the source")
+    print_header("method", "program", "options", "perplexity", "beside the source", "KL divergence from the source")
     for names, loss, divergence in zip(variants, losses, divergences, strict=True):
         difference = f"{math.expm1((loss - losses[0]) / num_predictions):+.3%}"
         print_row(*names, f"{math.exp(loss / num_predictions):.4f}", difference, f"{divergence / num_predictions:.5f}")

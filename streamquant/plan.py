@@ -168,7 +168,7 @@ class Plan:
         """SHA-256 over all that decides the bytes of the output, but for the weights themselves."""
         digest = hashlib.sha256(json.dumps([dict(self.quantization_config), self.checkpoint.side_files]).encode())
         for shard in self.shards:
-            digest.update(json.dumps(_shard_json(shard)).encode())
+            digest.update(json.dumps([shard.file, shard.num_bytes, [_step_key(step) for step in shard.steps]]).encode())
         return digest.hexdigest()
 
     def to_json(self) -> dict[str, Any]:
@@ -488,6 +488,17 @@ def _step_json(step: Step) -> dict[str, Any]:
             {"module": m.module, "source": _weight_json(m.weight), "outputs": [_spec_json(spec) for spec in m.stored]} for m in step.members
         ],
     }
+
+
+def _step_key(step: Step) -> tuple[Any, ...]:
+    """All that decides what a step writes, and where; made of tuples, of which there may be a million."""
+    if isinstance(step, Copy):
+        return ("copy", step.source, step.output)
+    if isinstance(step, Measure):
+        return ("measure", step.module, step.outputs)
+    weights = [(m.weight.name, m.weight.dtype, m.weight.shape, m.weight.format.title, m.weight.place) for m in step.members]
+    places = [(*m.weight.tensors.items(), m.stored) for m in step.members]
+    return (step.scheme.preset, step.scheme.observer, step.keeps_codes, weights, places, step.whole)
 
 
 def _weight_json(weight: Weight) -> dict[str, Any]:

@@ -158,4 +158,6 @@ def _spec(name: str, entry: object, *, file: str, data_start: int) -> TensorSpec
 
 def _naturals(value: object) -> TypeGuard[list[int]]:
     """Whether `value` is a list, short enough to multiply up, of integers that fit a signed 64-bit word."""
-    return isinstance(value, list) and len(value) <= MAX_DIMS and all(type(v) is int and 0 <= v < 2**63 for v in value)
+    if not isinstance(value, list) or len(value) > MAX_DIMS or not {*map(type, value)} <= {int}:
+        return False
+    return min(value, default=0) >= 0 and max(value, default=0) < 2**63
