@@ -80,10 +80,12 @@ def test_clipping_makes_the_outputs_better(tmp_path: Path, method: str, without:
     assert streamquant.verify(tmp_path / "clipped").problems == []
 
 
-def test_clipping_changes_nothing_where_scales_are_not_those_of_groups(tmp_path: Path) -> None:
+def test_awq_without_scales_of_groups_clips_nothing_and_is_not_asked_to(tmp_path: Path) -> None:
     tensors, _ = converted(tmp_path / "without", scheme="FP8_DYNAMIC", method="awq", clip=False)
-    clipped, _ = converted(tmp_path / "clipped", scheme="FP8_DYNAMIC", method="awq", clip=True)
-    assert all(torch.equal(clipped[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in tensors.items())
+    by_default, _ = converted(tmp_path / "default", scheme="FP8_DYNAMIC", method="awq")
+    assert all(torch.equal(by_default[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in tensors.items())
+    with pytest.raises(streamquant.RequestError, match=r"--clip needs scales of groups .* asked for: FP8_DYNAMIC"):
+        converted(tmp_path / "clipped", scheme="FP8_DYNAMIC", method="awq", clip=True)
 
 
 @pytest.mark.parametrize("settings", [{}, {"scheme": "FP8", "samples": 4}])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from streamquant.calibrate.clip import may_clip
 from streamquant.calibrate.data import CalibrationOptions
 from streamquant.errors import RequestError
 from streamquant.schemes import WITHOUT_DATA, Scheme
 
 DEFAULT_MAX_FALLBACK = 0.05
+WIDE = 1 << 20  # columns, more than any group has
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -59,7 +61,7 @@ class CalibrationWish:
 
 def make_calibration_wish(
     method: str,
-    schemes: Iterable[Scheme],
+    schemes: Collection[Scheme],
     *,
     fp8_cache: bool = False,
     clip: bool | None = None,
@@ -86,6 +88,8 @@ def make_calibration_wish(
             raise RequestError(f"--{'' if clip else 'no-'}clip: method {method} does not look at outputs; choose another --method")
         chosen = MEASURING
     if clip is not None:
+        if clip and not any(may_clip(scheme, WIDE) for scheme in schemes):
+            raise RequestError(f"--clip needs scales of groups of columns, as W4A16 has; asked for: {', '.join(s.preset for s in schemes)}")
         chosen = replace(chosen, clips=clip)
     most = DEFAULT_MAX_FALLBACK if max_fallback is None else max_fallback
     if not 0 <= most <= 1:
