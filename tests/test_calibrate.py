@@ -133,6 +133,15 @@ def test_errors_are_told_of_all_rows_though_only_some_are_measured(tmp_path: Pat
     assert errors_before("some") == pytest.approx(every, rel=0.3)  # one row in 8 of those of q, one in 4 of those of k
 
 
+def test_smoothquant_takes_the_largest_weights_of_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a search may look at some of them."""
+    convert(WIKI_LLAMA, tmp_path / "out", scheme="W8A8", method="smoothquant")
+    monkeypatch.setattr(layers, "SEARCHED_ROWS", 8)
+    convert(WIKI_LLAMA, tmp_path / "again", scheme="W8A8", method="smoothquant")
+    ours, again = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "again")
+    assert all(torch.equal(again[name], tensor) for name, tensor in ours.items())
+
+
 def test_what_is_in_no_layer_is_as_without_data(tmp_path: Path) -> None:
     convert(WIKI_LLAMA, tmp_path / "gptq", method="gptq", include=["lm_head"])
     streamquant.convert(WIKI_LLAMA, tmp_path / "rtn", scheme="W4A16", include=["lm_head"])
