@@ -71,7 +71,7 @@ class Tap(TorchFunctionMode):
         self._routed: dict[str, Tensor] = {}  # by module: tokens of each expert
         self._silent: set[str] = set()  # parameters whose inputs are known already
         self._all_tokens_TK: Tensor | None = None  # which every expert is being given
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._flat_of = WeakTensorKeyDictionary()  # input of a product -> the same as [T, K]
         self._handles: list[RemovableHandle] = []
 
     # --- what was seen ----------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ class Tap(TorchFunctionMode):
     def _forget(self) -> None:
         self._casts.clear()
         self._norm_of.clear()
-        self._last = None
+        self._flat_of.clear()
 
     def _after_norm(self, name: str) -> Callable[..., None]:
         def note(module: nn.Module, args: Any, output: Any) -> None:
@@ -244,9 +244,9 @@ class Tap(TorchFunctionMode):
                 self._count(name, number, len(weight), int(shown.sum()))
                 self._on_input(Linear(name, number), input_TK[shown])
             return
-        if self._last is None or self._last[0] is not input_:
-            self._last = input_, self._flat(input_)  # the same tensor for all that are given the same
-        self._on_input(Linear(name, expert), self._last[1])
+        if input_ not in self._flat_of:
+            self._flat_of[input_] = self._flat(input_)
+        self._on_input(Linear(name, expert), self._flat_of[input_])  # the same tensor for all that are given the same
 
     def _flat(self, input_: Tensor) -> Tensor:
         input_TK = input_.reshape(-1, input_.shape[-1])
