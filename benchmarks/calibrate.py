@@ -58,8 +58,8 @@ from measure import (
 from synthetic import WIKI_LLAMA, add_tokenizer, llama, write_checkpoint
 
 import streamquant
+from streamquant.calibrate.budget import tokens_of_batch
 from streamquant.calibrate.data import CalibrationOptions, load_calibration, load_tokenizer
-from streamquant.calibrate.layers import tokens_of_batch
 from streamquant.checkpoint.checkpoint import read_checkpoint
 from streamquant.checkpoint.local import LocalSource
 from streamquant.memory import available_cpus

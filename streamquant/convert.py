@@ -257,15 +257,25 @@ def convert(
         the_plan, inventory = _plan(
             opened, wish, format=format, kv_cache=kv_cache, expert_layout=expert_layout, max_shard_size=max_shard_size
         )
-        memory = plan_memory(
-            the_plan, kernels=found_kernels, devices=devices, max_memory=max_memory, max_gpu_memory=max_gpu_memory, threads=threads
-        )
-        _tell_plan(the_plan, memory, found_kernels)
         preparation = None
         if calibration_wish is not None:
             from streamquant.calibrate.run import prepare  # with transformers, which only this mode needs
 
-            preparation = stack.enter_context(prepare(calibration_wish, the_plan, inventory, opened))
+            preparation = stack.enter_context(
+                prepare(
+                    calibration_wish,
+                    the_plan,
+                    inventory,
+                    opened,
+                    device=devices[0],
+                    max_hidden_bytes=parse_size(DEFAULT_MEMORY[devices[0].type] if max_memory is None else max_memory),
+                    gpu_bytes=None if devices[0].type == "cpu" else _gpus(devices[:1], max_gpu_memory).max_bytes,
+                )
+            )
+        memory = plan_memory(
+            the_plan, kernels=found_kernels, devices=devices, max_memory=max_memory, max_gpu_memory=max_gpu_memory, threads=threads
+        )
+        _tell_plan(the_plan, memory, found_kernels)
         if isinstance(opened, LocalSource):
             _refuse_overlap(opened.folder, out)
         work = _Work(
@@ -274,7 +284,6 @@ def convert(
             out=out,
             job=job_of(the_plan, allow_nonfinite=allow_nonfinite, calibration=None if preparation is None else preparation.job),
             memory=memory,
-            max_hidden_bytes=parse_size(DEFAULT_MEMORY[devices[0].type] if max_memory is None else max_memory),
             devices=devices,
             kernels=found_kernels,
             allow_nonfinite=allow_nonfinite,
@@ -314,7 +323,6 @@ class _Work:
     out: Path
     job: Mapping[str, Any]
     memory: Memory
-    max_hidden_bytes: int  # of the hidden states of a calibration, in memory
     devices: Sequence[torch.device]
     kernels: Kernels
     allow_nonfinite: bool
@@ -346,8 +354,6 @@ class _Work:
                     todo,
                     work=folder,
                     journal=journal,
-                    max_hidden_bytes=self.max_hidden_bytes,
-                    device=self.devices[0],
                     kernels=self.kernels,
                     allow_nonfinite=self.allow_nonfinite,
                     on_progress=self.on_progress,

@@ -88,16 +88,21 @@ class Container:
     reserve_bytes: int
 
     @property
+    def free_bytes(self) -> int:
+        """What is left for work."""
+        return self.limit_bytes - self.used_bytes - self.reserve_bytes
+
+    @property
     def working_bytes(self) -> int:
         """The largest working memory that fits."""
-        return (self.limit_bytes - self.used_bytes - self.reserve_bytes) * 2 // 3
+        return self.free_bytes * 2 // 3
 
-    def refusal(self, working_bytes: int, what: str) -> str:
-        """Says that so much working memory does not fit, and which limit would do."""
-        enough = self.used_bytes + self.reserve_bytes + working_bytes * 3 // 2 + SPARE_BYTES
+    def refusal(self, needed_bytes: int, what: str) -> str:
+        """Says that so much more does not fit, and which limit would do."""
+        enough = self.used_bytes + self.reserve_bytes + needed_bytes + SPARE_BYTES
         return (
             f"the container's memory limit of {self.limit_bytes // MEBIBYTE}MiB is too small for {what}: "
-            f"{enough_mebibytes(self.used_bytes)} are in use, {enough_mebibytes(working_bytes * 3 // 2)} would be for the work and "
+            f"{enough_mebibytes(self.used_bytes)} are in use, {enough_mebibytes(needed_bytes)} would be for the work and "
             f"{enough_mebibytes(self.reserve_bytes)} for pages of files and bookkeeping; a limit of {enough_mebibytes(enough)} works"
         )
 
@@ -262,7 +267,7 @@ def _largest_block(kinds: dict[_Kind, str], max_elements: int, read_bytes: int) 
 def _allowed(needed: int, culprit: str, max_bytes: int, container: Container | None, *, may_shrink: bool) -> int:
     """The budget, which is enough for the smallest block and reading ahead of it, or RequestError."""
     if container is not None and needed > container.working_bytes:
-        raise RequestError(container.refusal(needed, f"the smallest block of {culprit}" if culprit else "this conversion"))
+        raise RequestError(container.refusal(needed * 3 // 2, f"the smallest block of {culprit}" if culprit else "this conversion"))
     if container is not None and may_shrink:
         max_bytes = min(max_bytes, container.working_bytes)
     if needed > max_bytes:
@@ -275,7 +280,7 @@ def _require_room(peak_bytes: int, needed: int, max_bytes: int, container: Conta
     """Raise RequestError, with a budget that works, if what would be used of this one does not fit the container."""
     if container is not None and peak_bytes > container.working_bytes:
         fits = max(container.working_bytes - SPARE_BYTES, needed)
-        refusal = container.refusal(peak_bytes, f"--max-memory {enough_mebibytes(max_bytes)}")
+        refusal = container.refusal(peak_bytes * 3 // 2, f"--max-memory {enough_mebibytes(max_bytes)}")
         raise RequestError(f"{refusal}, and so does --max-memory {enough_mebibytes(fits)}")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import streamquant
-from streamquant.calibrate import heap, layers
+from streamquant.calibrate import budget, heap, layers
 from streamquant.calibrate.gptq import Solution
 from streamquant.calibrate.run import find_compute_dtype
 from streamquant.calibrate.statistics import Statistics
@@ -280,7 +280,7 @@ def test_experts_are_calibrated_with_their_tokens_or_if_those_are_few_with_all(
 
 
 def test_hessians_of_experts_that_would_be_too_large_are_shared(experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "MAX_EXPERT_BYTES", 4 * (4 * 64**2 + 4 * 48**2) - 1)
+    monkeypatch.setattr(budget, "MAX_EXPERT_BYTES", 4 * (4 * 64**2 + 4 * 48**2) - 1)
     made = []
     make = Statistics.of_nothing
     monkeypatch.setattr(Statistics, "of_nothing", lambda *arguments, **options: made.append(arguments) or make(*arguments, **options))

@@ -321,3 +321,15 @@ def test_a_real_limit_shrinks_the_default_budget_and_not_one_that_is_asked_for(g
     budget = said_sizes(refused.stderr, "and so does --max-memory")
     done = group.run("convert", source, tmp_path / "out", *wish[1:], "--max-memory", budget)
     assert done.returncode == 0, done
+
+
+def test_a_real_limit_too_small_for_calibrating_is_refused_and_the_one_that_is_named_works(group: Group, tmp_path: Path) -> None:
+    wish = [*convert(tmp_path / "out")[:3], "--scheme", "W4A16", "--method", "awq", "--samples", "32", "--sequence-length", "256"]
+    group.limit(480 * MEGABYTE)
+    refused = group.run(*wish, "--device", "cpu")
+    assert refused.returncode == 2, refused
+    assert refused.stderr.startswith("error: the container's memory limit of 480MiB is too small for calibrating a layer (")
+    assert not (tmp_path / "out").exists()
+    group.limit(said_sizes(refused.stderr, "a limit of"))
+    done = group.run(*wish, "--device", "cpu")
+    assert done.returncode == 0, done

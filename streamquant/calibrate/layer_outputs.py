@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeGuard
 
 from streamquant.checkpoint.header import TensorSpec
 from streamquant.checkpoint.journal import Journal
 from streamquant.checkpoint.writer import ShardWriter, StepWriter
 from streamquant.lazy import torch
-from streamquant.plan import Copy, Measure, Plan, Shard, Step
+from streamquant.plan import Copy, Encode, Measure, Plan, Shard, Step
+from streamquant.schemes.plain import Plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,3 +107,8 @@ def _names(step: Step) -> list[str]:
     if isinstance(step, Copy):
         return [step.source.name]
     return [step.module] if isinstance(step, Measure) else [member.weight.name for member in step.members]
+
+
+def is_calibrated(step: Step | None) -> TypeGuard[Encode]:
+    """Whether a step quantizes plain numbers."""
+    return isinstance(step, Encode) and not step.keeps_codes and not isinstance(step.scheme, Plain)

@@ -16,21 +16,22 @@ import json
 import logging
 import math
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from streamquant.calibrate import heap
 from streamquant.calibrate.awq import Reader, Scaling, Steps, search_scale, smooth_scale
+from streamquant.calibrate.budget import SEARCHED_ROWS, STACK_ELEMENTS, keeps_inputs, shows_every_expert, tokens_of_batch, widest_of
 from streamquant.calibrate.clip import clip_bounds, may_clip
 from streamquant.calibrate.data import Calibration
 from streamquant.calibrate.gptq import Solution, gptq, hessian_error, round_to_nearest, spaced_rows
 from streamquant.calibrate.hidden import HiddenStates
-from streamquant.calibrate.layer_outputs import Address, LayerOutputs
+from streamquant.calibrate.layer_outputs import Address, LayerOutputs, is_calibrated
 from streamquant.calibrate.method import Method
 from streamquant.calibrate.pairs import Pair, linear_pairs, move_scale
 from streamquant.calibrate.skeleton import Call, Site, Skeleton
@@ -43,10 +44,9 @@ from streamquant.errors import CheckpointError, RequestError
 from streamquant.inputs import Weight, read_tensor
 from streamquant.lazy import torch
 from streamquant.names import fold
-from streamquant.plan import Copy, Encode, Measure, Member, Plan, Step
+from streamquant.plan import Copy, Encode, Measure, Member, Plan
 from streamquant.schemes import Scheme
 from streamquant.schemes.kernels import Kernels
-from streamquant.schemes.plain import Plain
 from streamquant.schemes.rounding import FP4_MAX, FP8_MAX
 from streamquant.schemes.scheme import Activations, round_scale
 from streamquant.schemes.units import Scales, dequantize
@@ -55,14 +55,9 @@ from streamquant.stored import TORCH_DTYPES
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-BATCH_TOKENS = 4096  # of sequences that are run together, at most
-BATCH_ELEMENTS = 1 << 24  # of the widest that a layer makes of them, if that is more than one sequence
-STACK_ELEMENTS = 1 << 24  # of weights with one input that are solved together, if that is more than one
 FEW_TOKENS = 128  # routed to an expert: too few for a Hessian
-MAX_EXPERT_BYTES = 2 << 30  # of the Hessians of all experts of a layer
 HOLDS = 1e-2  # of what a layer adds: how much it may differ if a scale is moved, by rounding
 SMOOTHING = 0.5  # of SmoothQuant
-SEARCHED_ROWS = 1024  # of a weight, to find a scale for its input: with 256 the outputs of wiki-llama are worse by 1.5 % (divergence)
 SCALINGS = ("awq", "smoothquant")
 TINY = 1e-30
 LOGGER = logging.getLogger("streamquant")
@@ -199,7 +194,7 @@ class LayerCalibration:
         modules = dict.fromkeys(name.rpartition(".")[0].rpartition(".")[0] for name in names)
         places = [*filter(self._is_matrix, names), *modules]
         addresses = dict.fromkeys(self.outputs.address_of[place] for place in places if place in self.outputs.address_of)
-        return [address for address in addresses if _is_calibrated(address.step) or isinstance(address.step, Measure)]
+        return [address for address in addresses if is_calibrated(address.step) or isinstance(address.step, Measure)]
 
     def _read(self, name: str) -> Tensor:
         """A tensor of the checkpoint: float32 if it is a matrix."""
@@ -225,8 +220,9 @@ class LayerCalibration:
 
     def _load(self, index: int, names: Sequence[str]) -> _Layer:
         layer = _Layer(index, self.skeleton.layer(index), self.skeleton.sites(index))
-        with ThreadPoolExecutor(max(self.source.num_connections, 1)) as threads:
-            tensors = threads.map(self._read, names) if self.source.num_connections else map(self._read, names)
+        num_ahead = self.source.num_connections
+        with ThreadPoolExecutor(max(num_ahead, 1)) as threads:
+            tensors = _read_ahead(self._read, names, threads, num_ahead) if num_ahead else map(self._read, names)
 
             def load(name: str) -> Tensor:
                 tensor = next(tensors)  # in the order of the names
@@ -250,13 +246,12 @@ class LayerCalibration:
     def _first_states(self, max_bytes: int) -> tuple[HiddenStates, list[list[Call]]]:
         """What enters the first layer, and the calls of all layers, for each batch of samples of one length."""
         self.skeleton.load_outer(self._read_outer)
-        widest = max((max(self.weights[name].shape) for name in self.skeleton.sites(0) if self._is_matrix(name)), default=1)
+        widest = widest_of([self.weights[name] for name in self.skeleton.sites(0) if self._is_matrix(name)])
         batches = list(_batches(self.calibration.samples, max_tokens=tokens_of_batch(widest)))
         hidden_size = self.skeleton.hidden_size
         shapes = [(*batch.shape, hidden_size) for batch in batches]
-        mixture = any(site.expert is not None for index in range(self.skeleton.num_layers) for site in self.skeleton.sites(index).values())
         file = self.work / "hidden-states.part"
-        states = HiddenStates(shapes, dtype=self.skeleton.dtype, max_bytes=max_bytes, file=file, twice=mixture)  # for starving experts
+        states = HiddenStates(shapes, dtype=self.skeleton.dtype, max_bytes=max_bytes, file=file, twice=keeps_inputs(self.skeleton))
         calls = []
         for number, batch_BT in enumerate(batches):
             hidden_BTH, of_layers = self.skeleton.record(batch_BT.to(self.device))
@@ -299,19 +294,18 @@ class LayerCalibration:
         Of an expert that is the tokens that are routed to it; all tokens, if those are too few, or if the Hessians of so many inputs
         would be too large: then what reads the same input shares one.
         """
-        linears = {layer.linear(name): weight_NK.shape[1] for name, weight_NK in layer.weights.items()}
-        sizes = [num_columns for linear, num_columns in linears.items() if linear.expert is not None and self.method.uses_hessians]
-        expert_bytes = sum(4 * num_columns**2 for num_columns in sizes)
-        every_expert = expert_bytes > MAX_EXPERT_BYTES
-        statistics, tap = self._tapped(layer, states, calls, every_expert=every_expert)
-        starved = (
-            {} if every_expert else {name: site for name, site in layer.sites.items() if name in layer.weights and _starves(tap, site)}
-        )
+        wanted = {name: layer.linear(name) for name in layer.weights if self.method.scaling or is_calibrated(self.outputs.step_of(name))}
+        linears = {linear: layer.weights[name].shape[1] for name, linear in wanted.items()}
+        of_experts = [num_columns for linear, num_columns in linears.items() if linear.expert is not None]
+        every_expert = self.method.uses_hessians and shows_every_expert(of_experts)
+        statistics, tap = self._tapped(layer, states, calls, linears.keys(), every_expert=every_expert)
+        starved = [] if every_expert else [name for name in wanted if _starves(tap, layer.sites[name])]
         if starved:
             LOGGER.info(
                 "layer %d: %d weights of experts get fewer than %d tokens: all are shown to them", layer.index, len(starved), FEW_TOKENS
             )
-            everything, _ = self._tapped(layer, states, calls, every_expert=True, only={layer.linear(name) for name in starved})
+            statistics.update(dict.fromkeys(starved))  # not to have both
+            everything, _ = self._tapped(layer, states, calls, {wanted[name] for name in starved}, every_expert=True)
             statistics.update({name: everything[name] for name in starved})
         return statistics, tap
 
@@ -320,15 +314,15 @@ class LayerCalibration:
         layer: _Layer,
         states: HiddenStates,
         calls: Sequence[Sequence[Call]],
+        linears: Set[Linear],
         *,
         every_expert: bool,
-        only: Set[Linear] | None = None,
     ) -> tuple[dict[str, Statistics | None], Tap]:
         measures = any(self._needs_data(name) for name in layer.weights)
         collector = Collector(hessians=self.method.uses_hessians, magnitudes=measures or bool(self.method.scaling))
 
         def add(linear: Linear, input_TK: Tensor) -> None:
-            if only is None or linear in only:
+            if linear in linears:
                 collector.add(linear, input_TK)
 
         cache = any(isinstance(address.step, Measure) for address in self._steps_of(tuple(layer.sites)))
@@ -344,7 +338,7 @@ class LayerCalibration:
     # --- scales -----------------------------------------------------------------------------------------------------
 
     def _move_scales(
-        self, layer: _Layer, tap: Tap, statistics: dict[str, Statistics | None], hidden_BTH: Tensor, call: Call
+        self, layer: _Layer, tap: Tap, statistics: Mapping[str, Statistics | None], hidden_BTH: Tensor, call: Call
     ) -> list[Record]:
         """Move scales between what gives an input and what reads it, wherever that helps; write what is then no longer a copy."""
         expected_BTH = self.skeleton.run(layer.module, hidden_BTH, call)
@@ -358,15 +352,15 @@ class LayerCalibration:
             seen = _most(statistics[name] for name in pair.readers)
             assert seen is not None
             scale_K = move_scale(pair, scaling.scale_K, layer.weights, layer.vectors, offset=offset)
-            scaled = {id(old): old.scaled(scale_K) for name in pair.readers if (old := statistics[name]) is not None}
-            statistics.update({name: scaled[id(old)] for name in pair.readers if (old := statistics[name]) is not None})
+            for own in {id(own): own for name in pair.readers if (own := statistics[name]) is not None}.values():
+                own.divide(scale_K)
             changed |= pair.tensors & layer.sites.keys()
             self._put(layer, pair)
             self._view(layer, pair.tensors & layer.weights.keys())
             size = sum(
                 _size([layer.weights[name]], own)
                 for name in pair.readers
-                if (own := statistics[name]) is not None and _is_calibrated(self.outputs.step_of(name))
+                if (own := statistics[name]) is not None and is_calibrated(self.outputs.step_of(name))
             )
             records.append(
                 Record(
@@ -399,9 +393,9 @@ class LayerCalibration:
     def _problem(self, pair: Pair, sites: Mapping[str, Site]) -> str:
         """Why the scale of a pair cannot be moved, as far as the plan tells; or ""."""
         steps = {name: self.outputs.step_of(name) for name in pair.tensors & sites.keys()}
-        if not any(_is_calibrated(steps[name]) for name in pair.readers):
+        if not any(is_calibrated(steps[name]) for name in pair.readers):
             return "nothing that reads it is quantized"
-        fixed = next((name for name, step in steps.items() if not (_is_calibrated(step) or isinstance(step, Copy))), None)
+        fixed = next((name for name, step in steps.items() if not (is_calibrated(step) or isinstance(step, Copy))), None)
         if fixed is None:
             return ""
         return f"{fixed} {'is a part of what is copied' if steps[fixed] is None else 'keeps the codes that the source has'}"
@@ -432,7 +426,7 @@ class LayerCalibration:
         searches = self.method.scaling == "awq"  # SmoothQuant asks for the largest weights, in whatever rows they are
         for name in pair.readers:
             step, own = self.outputs.step_of(name), statistics[name]
-            if own is None or not _is_calibrated(step):
+            if own is None or not is_calibrated(step):
                 continue
             weight_NK, unit = layer.weights[name], step.scheme.unit(layer.weights[name].shape[1])
             rows = spaced_rows(len(weight_NK), SEARCHED_ROWS if searches and unit[0] == 1 else len(weight_NK))
@@ -440,7 +434,7 @@ class LayerCalibration:
             readers.append(Reader(weight_NK[rows], own, round_weight, _steps(step.scheme.activations, weight_NK.shape[1]), rows.step))
             group_size = unit[1]
         if not pair.is_norm:
-            is_exact = is_exact or not _is_calibrated(self.outputs.step_of(pair.giver))
+            is_exact = is_exact or not is_calibrated(self.outputs.step_of(pair.giver))
         if searches:
             return search_scale(readers, seen, group_size=group_size, powers_of_two=is_exact)
         return smooth_scale(readers, seen, strength=SMOOTHING, powers_of_two=is_exact)
@@ -608,14 +602,20 @@ class LayerCalibration:
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
+def _read_ahead(read: Callable[[str], Tensor], names: Iterable[str], threads: ThreadPoolExecutor, num_ahead: int) -> Iterator[Tensor]:
+    """The tensors with these names; `num_ahead` of them, and no more, are being read before they are asked for."""
+    waiting: deque[Future[Tensor]] = deque()
+    for name in names:
+        waiting.append(threads.submit(read, name))
+        if len(waiting) > num_ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
 def _is_finite(tensor: Tensor) -> bool:
     """Whether all numbers are; `Tensor.isfinite` makes several passes, which takes 15 times as long."""
     return bool(torch.stack(tensor.aminmax()).isfinite().all())
-
-
-def _is_calibrated(step: Step | None) -> TypeGuard[Encode]:
-    """Whether a step quantizes plain numbers."""
-    return isinstance(step, Encode) and not step.keeps_codes and not isinstance(step.scheme, Plain)
 
 
 def _encode(address: Address) -> Encode:
@@ -635,11 +635,6 @@ def _most(several: Iterable[Statistics | None]) -> Statistics | None:
 def _starves(tap: Tap, site: Site) -> bool:
     routed = tap.routed_tokens(site)
     return routed is not None and routed < FEW_TOKENS
-
-
-def tokens_of_batch(widest: int) -> int:
-    """How many tokens run through a layer together, whose widest matrix has so many rows or columns."""
-    return min(BATCH_TOKENS, BATCH_ELEMENTS // widest)
 
 
 def _batches(samples: Sequence[Tensor], *, max_tokens: int) -> Iterator[Tensor]:

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from streamquant.calibrate import heap
+from streamquant.calibrate.budget import Needs, hidden_budget, hidden_bytes, needs_of
 from streamquant.calibrate.data import Calibration, load_calibration, load_tokenizer
-from streamquant.calibrate.layer_outputs import LayerOutputs
+from streamquant.calibrate.layer_outputs import LayerOutputs, is_calibrated
 from streamquant.calibrate.layers import LayerCalibration, Record
 from streamquant.calibrate.method import CalibrationWish
-from streamquant.calibrate.skeleton import build_skeleton, shapes_of
+from streamquant.calibrate.skeleton import Skeleton, build_skeleton, shapes_of
 from streamquant.checkpoint.journal import Journal
 from streamquant.checkpoint.local import LocalSource
 from streamquant.checkpoint.source import Source
 from streamquant.errors import RequestError
-from streamquant.inputs import Inventory, Stack
+from streamquant.inputs import Inventory, Stack, Weight
 from streamquant.lazy import torch
+from streamquant.memory import container_for
 from streamquant.plan import Plan, Shard
 from streamquant.schemes.kernels import Kernels
+from streamquant.sizes import format_bytes
 from streamquant.stream import OnProgress, Progress, bytes_to_do
 
 CONFIG_NAME = "config.json"
+LOGGER = logging.getLogger("streamquant")
 MAX_FILE_BYTES = 256 << 20  # of a tokenizer
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")  # without these a processor takes longer for bfloat16 than for float32
 
@@ -90,10 +95,13 @@ class Preparation:
 
     wish: CalibrationWish
     plan: Plan
-    inventory: Inventory
+    weights: Mapping[str, Weight]  # what the checkpoint has as matrices, by name
     source: Source
-    folder: Path  # with the config of the model
+    skeleton: Skeleton
     data: Calibration
+    device: torch.device
+    needs: Needs  # besides the hidden states
+    max_hidden_bytes: int  # of these in memory
 
     @property
     def job(self) -> dict[str, Any]:
@@ -106,8 +114,6 @@ class Preparation:
         *,
         work: Path,
         journal: Journal,
-        max_hidden_bytes: int,
-        device: torch.device,
         kernels: Kernels,
         allow_nonfinite: bool,
         on_progress: OnProgress | None,
@@ -115,35 +121,80 @@ class Preparation:
         """Finish everything in the decoder layers that the method changes. `todo`: the shards that no earlier run has finished."""
         heap.map_large_blocks()
         heap.keep_few_kernels()
+        self._tell()
         total_bytes = bytes_to_do(todo, journal)
         nonfinite: set[str] | None = set() if allow_nonfinite else None
-        biases = [bias for item in self.inventory.items if isinstance(item, Stack) for bias in item.biases]
         with torch.inference_mode(), LayerOutputs(self.plan, work=work, journal=journal) as outputs:
             layers = LayerCalibration(
                 plan=self.plan,
-                weights={weight.name: weight for weight in (*self.inventory.weights, *biases)},
+                weights=self.weights,
                 source=self.source,
-                skeleton=build_skeleton(self.folder, shapes_of(self.inventory), device=device),
+                skeleton=self.skeleton,
                 calibration=self.data,
                 method=self.wish.method,
                 max_fallback=self.wish.max_fallback,
                 outputs=outputs,
                 work=work,
-                device=device,
+                device=self.device,
                 kernels=kernels,
-                compute_dtype=find_compute_dtype(self.wish.compute_dtype, device),
+                compute_dtype=find_compute_dtype(self.wish.compute_dtype, self.device),
                 nonfinite=nonfinite,
                 on_progress=on_progress and (lambda where: on_progress(Progress(outputs.finished_bytes, total_bytes, where))),
             )
-            records = layers.run(max_hidden_bytes)
+            records = layers.run(self.max_hidden_bytes)
         return CalibrationReport(self.wish.name, self.data.title, len(self.data.samples), self.data.num_tokens, tuple(records))
+
+    def _tell(self) -> None:
+        hidden = hidden_bytes(self.skeleton, self.data.num_tokens)
+        where = "in memory" if hidden <= self.max_hidden_bytes else "in a file"
+        figures = {f"predicted_{name}_bytes": size for name, size in self.needs._asdict().items()}
+        LOGGER.info(
+            "calibrating %d layers with %d tokens of %s; a layer takes up to %s of memory (%s), hidden states take %s %s",
+            self.skeleton.num_layers,
+            self.data.num_tokens,
+            self.data.title,
+            format_bytes(self.needs.of_layer),
+            self.needs,
+            format_bytes(hidden),
+            where,
+            extra={"event": "calibrate", "figures": figures | {"hidden_states_bytes": hidden, "hidden_states": where}},
+        )
 
 
 @contextmanager
-def prepare(wish: CalibrationWish, plan: Plan, inventory: Inventory, source: Source) -> Iterator[Preparation]:
-    """Read config, tokenizer and data."""
+def prepare(
+    wish: CalibrationWish,
+    plan: Plan,
+    inventory: Inventory,
+    source: Source,
+    *,
+    device: torch.device,
+    max_hidden_bytes: int,
+    gpu_bytes: int | None = None,
+) -> Iterator[Preparation]:
+    """Read config, tokenizer and data, build the model without its weights, and tell what memory it will take.
+
+    `gpu_bytes`: what may be used of `device`, if that is a GPU. Raises RequestError for what cannot be calibrated, or not here.
+    """
+    biases = [bias for item in inventory.items if isinstance(item, Stack) for bias in item.biases]
+    weights = {weight.name: weight for weight in (*inventory.weights, *biases)}
     with model_folder(plan, source) as folder:
-        yield Preparation(wish, plan, inventory, source, folder, load_calibration(wish.options, load_tokenizer(folder)))
+        data = load_calibration(wish.options, load_tokenizer(folder))
+        skeleton = build_skeleton(folder, shapes_of(inventory), device=device)
+    heap.give_back()
+    outside = [weights[name].decoded_bytes if name in weights else plan.checkpoint.tensors[name].num_bytes for name in skeleton.outer_names]
+    needs = needs_of(
+        skeleton,
+        weights,
+        wish.method,
+        list(map(len, data.samples)),
+        quantized={member.weight.name for step in plan.steps if is_calibrated(step) for member in step.members},
+        outside=sum(outside),
+        num_ahead=source.num_connections,
+    )
+    container = container_for(plan, devices=[device])
+    max_hidden_bytes = hidden_budget(needs, max_bytes=max_hidden_bytes, container=container, gpu_bytes=gpu_bytes)
+    yield Preparation(wish, plan, weights, source, skeleton, data, device, needs, max_hidden_bytes)
 
 
 def find_compute_dtype(name: str, device: torch.device) -> torch.dtype:

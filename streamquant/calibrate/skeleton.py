@@ -106,6 +106,8 @@ class Skeleton:
         decoder, self._decoder = _owner(model, stack)
         self.num_layers: int = config.num_hidden_layers
         self.hidden_size: int = config.hidden_size
+        is_eager = getattr(config, "_attn_implementation", None) == "eager"
+        self.eager_heads: int = getattr(config, "num_attention_heads", 0) if is_eager else 0  # whose scores are all in memory
         self._model, self._device = model, device
         self._dtypes = _dtypes(model, dtype)
         self._forms = FORMS  # that what a layer returns may have; `record` finds out
@@ -128,6 +130,11 @@ class Skeleton:
             _check_cover(_state(self._layers[index], ""), of_layer, shapes, prefix=prefix)
 
     # --- what is where ----------------------------------------------------------------------------------------------
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a layer has some."""
+        return any(site.expert is not None for of_layer in self._sites for site in of_layer.values())
 
     @property
     def outer_names(self) -> tuple[str, ...]:

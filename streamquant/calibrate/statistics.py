@@ -60,11 +60,12 @@ class Statistics:
             end = start + block
             self.hessian_KK[end:, start:end] = self.hessian_KK[start:end, end:].T
 
-    def scaled(self, scale_K: Tensor) -> Statistics:
-        """Of the same input with its columns divided by a scale."""
+    def divide(self, scale_K: Tensor) -> None:
+        """Make these the statistics of the same input with its columns divided by a scale."""
         inverse_K = 1.0 / scale_K
-        hessian_KK = self.hessian_KK * inverse_K[:, None] * inverse_K
-        return Statistics(hessian_KK, self.abs_sum_K * inverse_K, self.amax_K * inverse_K, self.num_tokens)
+        self.hessian_KK.mul_(inverse_K[:, None]).mul_(inverse_K)
+        self.abs_sum_K.mul_(inverse_K)
+        self.amax_K.mul_(inverse_K)
 
     @property
     def mean_K(self) -> Tensor:
