@@ -67,6 +67,8 @@ class Conversion:
         stored = [step for step in encoded if not isinstance(step.scheme, Plain)]
         plain = [step for step in encoded if isinstance(step.scheme, Plain) and not step.unpacks]
         taken_from_stacks = {member.weight.name: step.reason for step in plain for member in step.members}
+        rescaled = dict.fromkeys(() if self.calibration is None else self.calibration.rescaled)
+        copied = {step.source.name: step.reason for step in steps if isinstance(step, Copy)}
         return {
             "streamquant": __version__,
             "source": self.plan.checkpoint.source,
@@ -84,7 +86,8 @@ class Conversion:
             "quantized": {member.weight.name: step.scheme.preset for step in stored for member in step.members},
             "as_stored": [member.weight.name for step in stored if step.keeps_codes for member in step.members],
             "unpacked": {member.weight.name: step.scheme.preset for step in encoded if step.unpacks for member in step.members},
-            "kept": {step.source.name: step.reason for step in steps if isinstance(step, Copy)} | taken_from_stacks,
+            "kept": {name: reason for name, reason in (copied | taken_from_stacks).items() if name not in rescaled},
+            "rescaled": list(rescaled),
             "dropped": dict(self.plan.dropped),
             "left_out": dict(self.plan.checkpoint.left_out),
             "nonfinite": list(self.nonfinite),

@@ -93,6 +93,10 @@ def test_calibration_is_nearer_to_the_model_than_rounding(method: str, tmp_path:
     if "awq" in method:
         moved = [record for record in told["pairs"] if not record["fallback"]]
         assert len(moved) >= 2 * 6
+        everything = report.to_json()
+        assert "model.layers.0.input_layernorm.weight" in everything["rescaled"]
+        assert "model.norm.weight" in everything["kept"]
+        assert everything["kept"].keys().isdisjoint(everything["rescaled"])
         assert all(record["error_after"] < record["error_before"] for record in moved)
 
 
@@ -368,6 +372,7 @@ def test_a_layer_that_overflows_is_named(tmp_path: Path, large: float) -> None:
     ("arguments", "said"),
     [
         (["--method", "rtn", "--samples", "5"], "--samples: method rtn takes no data; choose another --method: gptq, awq"),
+        (["--method", "rtn", "--per-sample", "--no-clip"], "--per-sample, --no-clip: method rtn takes no data"),
         (["--method", "gptq", "--max-fallback", "7"], "--max-fallback 7.0 is no part"),
         (["--method", "gptq", "--calibration-data", "nowhere.txt"], "nowhere.txt"),
         (["--method", "gptq", "--sequence-length", "1"], "--sequence-length 1"),

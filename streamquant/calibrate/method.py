@@ -14,6 +14,7 @@ from streamquant.schemes import WITHOUT_DATA, Scheme
 DEFAULT_MAX_FALLBACK = 0.05
 WIDE = 1 << 20  # columns, more than any group has
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
+NEGATIONS = {"clip": "no-clip", "packed": "per-sample"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def make_calibration_wish(
             _refuse_settings(method, given | {"clip": clip, "max_fallback": max_fallback, "compute_dtype": compute_dtype})
             return None
         if clip is not None:
-            raise RequestError(f"--{'' if clip else 'no-'}clip: method {method} does not look at outputs; choose another --method")
+            raise RequestError(f"{_flag('clip', clip)}: method {method} does not look at outputs; choose another --method")
         chosen = MEASURING
     if clip is not None:
         if clip and not any(may_clip(scheme, WIDE) for scheme in schemes):
@@ -111,6 +112,12 @@ def _need_of_data(schemes: Iterable[Scheme], *, fp8_cache: bool) -> str:
 
 def _refuse_settings(method: str, settings: Mapping[str, Any]) -> None:
     """Raise RequestError if there are any, of a calibration that there will not be."""
-    flags = ["--calibration-data" if name == "data" else f"--{name.replace('_', '-')}" for name in settings if settings[name] is not None]
+    flags = [_flag(name, value) for name, value in settings.items() if value is not None]
     if flags:
         raise RequestError(f"{', '.join(flags)}: method {method} takes no data; choose another --method: {', '.join(list(METHODS)[1:])}")
+
+
+def _flag(name: str, value: Any) -> str:
+    """What a user has written for a setting."""
+    flag = {"data": "calibration-data"}.get(name, name.replace("_", "-"))
+    return f"--{NEGATIONS[name] if value is False else flag}"
