@@ -19,7 +19,7 @@ from streamquant.sizes import format_bytes
 from streamquant.verify import Verification
 
 if TYPE_CHECKING:
-    from streamquant.calibrate.layers import Record
+    from streamquant.calibrate.layer import Record
     from streamquant.calibrate.run import CalibrationReport
 
 MAX_ROWS = 60

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from streamquant.calibrate.awq import GRID, Reader, Steps, search_scale, smooth_scale
-from streamquant.calibrate.layers import _rounded
 from streamquant.calibrate.pairs import Pair, linear_pairs, move_scale
+from streamquant.calibrate.scales import _rounded
 from streamquant.calibrate.statistics import Collector, Statistics
 from streamquant.schemes import Scheme, find_scheme
 from streamquant.schemes.kernels import TORCH

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import streamquant
-from streamquant.calibrate import budget, heap, layers
+from streamquant.calibrate import budget, heap, layers, scales, solve
 from streamquant.calibrate.gptq import Solution
 from streamquant.calibrate.run import find_compute_dtype
 from streamquant.calibrate.statistics import Statistics
@@ -133,14 +133,14 @@ def test_errors_are_told_of_all_rows_though_only_some_are_measured(tmp_path: Pat
         return {record["name"]: record["error_before"] for record in told["pairs"] if not record["fallback"]}
 
     every = errors_before("every")
-    monkeypatch.setattr(layers, "SEARCHED_ROWS", 32)
+    monkeypatch.setattr(scales, "SEARCHED_ROWS", 32)
     assert errors_before("some") == pytest.approx(every, rel=0.3)  # one row in 8 of those of q, one in 4 of those of k
 
 
 def test_smoothquant_takes_the_largest_weights_of_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a search may look at some of them."""
     convert(WIKI_LLAMA, tmp_path / "out", scheme="W8A8", method="smoothquant")
-    monkeypatch.setattr(layers, "SEARCHED_ROWS", 8)
+    monkeypatch.setattr(scales, "SEARCHED_ROWS", 8)
     convert(WIKI_LLAMA, tmp_path / "again", scheme="W8A8", method="smoothquant")
     ours, again = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "again")
     assert all(torch.equal(again[name], tensor) for name, tensor in ours.items())
@@ -313,12 +313,12 @@ def test_stacks_of_experts_that_are_kept_stay_as_they_are(tmp_path: Path, method
 
 
 def fallen(*arguments: Any, **options: Any) -> Solution:
-    solution = layers.round_to_nearest(*arguments[:1], *arguments[2:], **options)
+    solution = solve.round_to_nearest(*arguments[:1], *arguments[2:], **options)
     return solution._replace(fallback="the Hessian is not positive definite")
 
 
 def test_too_many_weights_that_could_not_be_calibrated_fail_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "gptq", fallen)
+    monkeypatch.setattr(solve, "gptq", fallen)
     with pytest.raises(RequestError, match=r"7 of 42 weights could not be calibrated.*not positive definite; give more --samples"):
         convert(WIKI_LLAMA, tmp_path / "out", method="gptq")
     with pytest.raises(RequestError, match="7 of 42"):  # nor does running it again get any further

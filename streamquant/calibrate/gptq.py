@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 MAX_DAMPING = 1.0
 MEASURED_ROWS = 256  # to measure the error of a row takes as long as to quantize it
 MAX_STRIDE = 8
+TINY = 1e-30
 COLUMNS_AT_ONCE = 256  # of the Hessian, when an error is measured
 
 
@@ -151,6 +152,13 @@ def hessian_error(error_NK: Tensor, hessian_KK: Tensor) -> Tensor:
         hessian_BK[:, start:].mul_(0.5)  # the others count twice
         total_N += (error_NK[:, :end] @ hessian_BK.T).mul_(error_NK[:, start:end]).sum(1, dtype=torch.float64)
     return total_N.mul_(2 * mean)
+
+
+def output_size(weight_NK: Tensor, hessian_KK: Tensor) -> float:
+    """The sum of squares of what a weight gives for inputs with this Hessian, by the rows of which errors are measured; more than zero."""
+    rows = spaced_rows(len(weight_NK))
+    size: float = hessian_error(weight_NK[rows], hessian_KK).sum().item() * rows.step
+    return max(size, TINY)
 
 
 def spaced_rows(num_rows: int, enough: int = MEASURED_ROWS) -> slice:

@@ -13,8 +13,9 @@ from typing import Any
 from streamquant.calibrate import heap
 from streamquant.calibrate.budget import Needs, hidden_budget, hidden_bytes, needs_of
 from streamquant.calibrate.data import Calibration, load_calibration, load_tokenizer
+from streamquant.calibrate.layer import Common, Record
 from streamquant.calibrate.layer_outputs import LayerOutputs, is_calibrated
-from streamquant.calibrate.layers import LayerCalibration, Record
+from streamquant.calibrate.layers import LayerCalibration
 from streamquant.calibrate.method import CalibrationWish
 from streamquant.calibrate.skeleton import Skeleton, build_skeleton, shapes_of
 from streamquant.checkpoint.journal import Journal
@@ -125,18 +126,21 @@ class Preparation:
         total_bytes = bytes_to_do(todo, journal)
         nonfinite: set[str] | None = set() if allow_nonfinite else None
         with torch.inference_mode(), LayerOutputs(self.plan, work=work, journal=journal) as outputs:
-            layers = LayerCalibration(
-                plan=self.plan,
+            common = Common(
                 weights=self.weights,
-                source=self.source,
                 skeleton=self.skeleton,
-                calibration=self.data,
                 method=self.wish.method,
-                max_fallback=self.wish.max_fallback,
                 outputs=outputs,
-                work=work,
                 device=self.device,
                 kernels=kernels,
+            )
+            layers = LayerCalibration(
+                plan=self.plan,
+                common=common,
+                source=self.source,
+                calibration=self.data,
+                max_fallback=self.wish.max_fallback,
+                work=work,
                 compute_dtype=find_compute_dtype(self.wish.compute_dtype, self.device),
                 nonfinite=nonfinite,
                 on_progress=on_progress and (lambda where: on_progress(Progress(outputs.finished_bytes, total_bytes, where))),
