@@ -1,6 +1,7 @@
 """What a calibration is said to take of memory: enough, not much too much, and known before anything is written."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -46,22 +47,17 @@ main()
 
 
 @pytest.mark.parametrize(
-    ("sizes", "settings"),
-    [
-        ({}, ["--method", "gptq"]),
-        ({}, ["--method", "awq+gptq"]),
-        ({}, ["--method", "smoothquant", "--scheme", "W8A8"]),
-        ({}, ["--scheme", "NVFP4"]),
-        ({"hidden_size": 256, "intermediate_size": 3072}, ["--method", "gptq", "--sequence-length", "2048"]),
-    ],
-    ids=["gptq", "awq+gptq", "smoothquant", "inputs measured", "long"],
+    "settings",
+    [["--method", "gptq"], ["--method", "awq+gptq"], ["--scheme", "NVFP4"]],
+    ids=["gptq", "awq+gptq", "inputs measured"],
 )
-def test_what_layers_take_is_a_little_less_than_predicted(tmp_path: Path, sizes: dict[str, int], settings: list[str]) -> None:
-    wide = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 1, "num_attention_heads": 8, "head_dim": 128} | sizes
+def test_what_layers_take_is_a_little_less_than_predicted(tmp_path: Path, settings: list[str]) -> None:
+    wide = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 1, "num_attention_heads": 8, "head_dim": 128}
     source = write_model(tmp_path / "source", "llama", **wide)
     settings = ["--device", "cpu", "--quiet", "--scheme", "W4A16", "--samples", "8", "--sequence-length", "512", *settings]
     command = [sys.executable, "-c", SAMPLED, "convert", str(source), str(tmp_path / "out"), "--calibration-data", str(TEXT), *settings]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    threads = os.environ | {"OMP_NUM_THREADS": "2"}  # of which each has buffers of its own
+    done = subprocess.run(command, cwd=ROOT, env=threads, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done
     figures = json.loads(done.stdout)
     taken, predicted = figures["most"] - figures["before"], figures["predicted"]
