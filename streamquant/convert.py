@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -255,8 +254,7 @@ def convert(
         max_fallback=max_fallback,
         compute_dtype=compute_dtype,
     )
-    with ExitStack() as stack:
-        opened = stack.enter_context(open_source(source, revision=revision, cache=cache))
+    with open_source(source, revision=revision, cache=cache) as opened:
         the_plan, inventory = _plan(
             opened, wish, format=format, kv_cache=kv_cache, expert_layout=expert_layout, max_shard_size=max_shard_size
         )
@@ -264,16 +262,14 @@ def convert(
         if calibration_wish is not None:
             from streamquant.calibrate.run import prepare  # with transformers, which only this mode needs
 
-            preparation = stack.enter_context(
-                prepare(
-                    calibration_wish,
-                    the_plan,
-                    inventory,
-                    opened,
-                    device=devices[0],
-                    max_hidden_bytes=parse_size(DEFAULT_MEMORY[devices[0].type] if max_memory is None else max_memory),
-                    gpu_bytes=None if devices[0].type == "cpu" else _gpus(devices[:1], max_gpu_memory).max_bytes,
-                )
+            preparation = prepare(
+                calibration_wish,
+                the_plan,
+                inventory,
+                opened,
+                device=devices[0],
+                max_hidden_bytes=parse_size(DEFAULT_MEMORY[devices[0].type] if max_memory is None else max_memory),
+                gpu_bytes=None if devices[0].type == "cpu" else _gpus(devices[:1], max_gpu_memory).max_bytes,
             )
         memory = plan_memory(
             the_plan, kernels=found_kernels, devices=devices, max_memory=max_memory, max_gpu_memory=max_gpu_memory, threads=threads

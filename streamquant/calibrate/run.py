@@ -165,7 +165,6 @@ class Preparation:
         )
 
 
-@contextmanager
 def prepare(
     wish: CalibrationWish,
     plan: Plan,
@@ -175,7 +174,7 @@ def prepare(
     device: torch.device,
     max_hidden_bytes: int,
     gpu_bytes: int | None = None,
-) -> Iterator[Preparation]:
+) -> Preparation:
     """Read config, tokenizer and data, build the model without its weights, and tell what memory it will take.
 
     `gpu_bytes`: what may be used of `device`, if that is a GPU. Raises RequestError for what cannot be calibrated, or not here.
@@ -198,7 +197,7 @@ def prepare(
     )
     container = container_for(plan, devices=[device])
     max_hidden_bytes = hidden_budget(needs, max_bytes=max_hidden_bytes, container=container, gpu_bytes=gpu_bytes)
-    yield Preparation(wish, plan, weights, source, skeleton, data, device, needs, max_hidden_bytes)
+    return Preparation(wish, plan, weights, source, skeleton, data, device, needs, max_hidden_bytes)
 
 
 def find_compute_dtype(name: str, device: torch.device) -> torch.dtype:
