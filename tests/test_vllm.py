@@ -16,7 +16,6 @@ import functools
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import save_file
-from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Mxfp4Config
 
 import streamquant
@@ -275,49 +273,31 @@ def perplexity(
     folder.mkdir()
     save_file({name: weight.to(torch.bfloat16) for name, weight in weights}, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_bytes((source / "config.json").read_bytes())
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, experts_implementation="eager").eval()
-    scale_at = {weight_of(model, module).data_ptr(): scale.double().numpy() for module, scale in input_scales.items()}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    for module, scale in input_scales.items():
+        model.get_submodule(module).register_forward_pre_hook(functools.partial(round_input, scale.double().numpy()))
     tokens = AutoTokenizer.from_pretrained(source)(TEXT.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
     windows = torch.tensor(tokens[: len(tokens) // WINDOW * WINDOW]).view(-1, WINDOW)
-    with torch.inference_mode(), RoundedInputs(scale_at):
+    with torch.inference_mode():
         logits = model(input_ids=windows, use_cache=False).logits[:, :-1].float()
     return math.exp(F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()))
 
 
-def weight_of(model: torch.nn.Module, module: str) -> torch.Tensor:
-    """What inputs are multiplied with where the checkpoint has a module: of an expert a part of a stack."""
-    expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)_proj", module)
-    if expert is None:
-        return model.get_submodule(module).weight
-    stack = model.get_submodule(expert[1])
-    return (stack.down_proj if expert[3] == "down" else stack.gate_up_proj)[int(expert[2])]
-
-
-class RoundedInputs(TorchFunctionMode):
-    """The inputs of linears as an engine with NVFP4 activations sees them, in float64; by the address of their weights."""
-
-    def __init__(self, scale_at: Mapping[int, NDArray[Any]]):
-        super().__init__()
-        self._scale_at = scale_at
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.linear and args[1].data_ptr() in self._scale_at:
-            args = (round_input(self._scale_at[args[1].data_ptr()], args[0]), *args[1:])
-        return func(*args, **kwargs or {})
-
-
-def round_input(global_scale: NDArray[Any], inputs: torch.Tensor) -> torch.Tensor:
-    groups = inputs.double().numpy().reshape(-1, 16)
+def round_input(global_scale: NDArray[Any], module: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
+    """The input of a linear as an engine with NVFP4 activations sees it, in float64."""
+    del module
+    groups = args[0].double().numpy().reshape(-1, 16)
     scale = E4M3[nearest(np.abs(groups).max(1, keepdims=True) / 6 * global_scale, E4M3)] / global_scale
     quotient = np.divide(groups, scale, out=np.zeros_like(groups), where=scale > 0)
     rounded = np.copysign(E2M1[nearest(quotient, E2M1)], groups) * scale
-    return torch.from_numpy(rounded).view(inputs.shape).to(inputs.dtype)
+    return torch.from_numpy(rounded).view(args[0].shape).to(args[0].dtype)
 
 
 def input_scales_of(out: Path) -> dict[str, torch.Tensor]:
-    """The scales of inputs in NVFP4 of an output, by module."""
+    """The scales of inputs in NVFP4 of an output, by module; without experts, which vllm_check.py runs with inputs that are not rounded."""
     suffix = ".input_global_scale"
-    return {name.removesuffix(suffix): tensor for name, tensor in read_tensors(out).items() if name.endswith(suffix)}
+    scales = {name.removesuffix(suffix): tensor for name, tensor in read_tensors(out).items() if name.endswith(suffix)}
+    return {module: scale for module, scale in scales.items() if ".experts." not in module}
 
 
 def try_model(model: str, folder: Path) -> dict[str, Outcome]:
