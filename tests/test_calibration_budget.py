@@ -48,8 +48,8 @@ main()
 
 @pytest.mark.parametrize(
     "settings",
-    [["--method", "gptq"], ["--method", "awq+gptq"], ["--scheme", "NVFP4"]],
-    ids=["gptq", "awq+gptq", "inputs measured"],
+    [["--method", "gptq"], ["--method", "smoothquant+gptq", "--scheme", "W8A8"], ["--scheme", "NVFP4"]],
+    ids=["gptq", "scales moved", "inputs measured"],
 )
 def test_what_layers_take_is_a_little_less_than_predicted(tmp_path: Path, settings: list[str]) -> None:
     wide = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 1, "num_attention_heads": 8, "head_dim": 128}

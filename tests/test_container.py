@@ -324,7 +324,7 @@ def test_a_real_limit_shrinks_the_default_budget_and_not_one_that_is_asked_for(g
 
 
 def test_a_real_limit_too_small_for_calibrating_is_refused_and_the_one_that_is_named_works(group: Group, tmp_path: Path) -> None:
-    wish = [*convert(tmp_path / "out")[:3], "--scheme", "W4A16", "--method", "awq", "--samples", "32", "--sequence-length", "256"]
+    wish = [*convert(tmp_path / "out")[:3], "--scheme", "W4A16", "--method", "gptq", "--samples", "32", "--sequence-length", "256"]
     group.limit(480 * MEGABYTE)
     refused = group.run(*wish, "--device", "cpu")
     assert refused.returncode == 2, refused
