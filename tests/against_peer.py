@@ -58,8 +58,11 @@ def differences(scheme: Scheme, weight: Tensor, theirs: Mapping[str, Tensor]) ->
     return found
 
 
-def worse_bounds(scheme: Scheme, weight: Tensor, their_low: Tensor, their_high: Tensor) -> tuple[int, int]:
-    """In how many units our bounds differ from the peer's, and in how many of these the error is larger."""
+def worse_bounds(scheme: Scheme, weight: Tensor, their_low: Tensor, their_high: Tensor) -> tuple[int, int, int]:
+    """In how many units our bounds differ from the peer's, in how many of these the error too, and in how many of these it is larger.
+
+    Of bounds that give the same scale, a power of two, either may be found.
+    """
     ours_BRC = scheme.observe(weight).double()
     low_RC, high_RC = (their.double().view(ours_BRC.shape[1:]) for their in (their_low.clamp(max=0), their_high.clamp(min=0)))
     theirs_BRC = torch.maximum(-low_RC, high_RC)[None] if scheme.symmetric else torch.stack([low_RC, high_RC])
@@ -67,4 +70,5 @@ def worse_bounds(scheme: Scheme, weight: Tensor, their_low: Tensor, their_high: 
         oracles.search_error(weight, bounds_BRC.numpy(), scheme.format, scheme.weights_config) for bounds_BRC in (ours_BRC, theirs_BRC)
     )
     differ = (ours_BRC != theirs_BRC).any(0).numpy()
-    return int(differ.sum()), int((differ & (our_error > their_error * NEAR_TIE)).sum())
+    errors_differ, is_worse = differ & (our_error != their_error), differ & (our_error > their_error * NEAR_TIE)
+    return int(differ.sum()), int(errors_differ.sum()), int(is_worse.sum())
