@@ -258,6 +258,8 @@ def convert(
         the_plan, inventory = _plan(
             opened, wish, format=format, kv_cache=kv_cache, expert_layout=expert_layout, max_shard_size=max_shard_size
         )
+        if isinstance(opened, LocalSource):
+            _refuse_overlap(opened.folder, out)
         preparation = None
         if calibration_wish is not None:
             from streamquant.calibrate.run import prepare  # with transformers, which only this mode needs
@@ -271,12 +273,11 @@ def convert(
                 max_hidden_bytes=parse_size(DEFAULT_MEMORY[devices[0].type] if max_memory is None else max_memory),
                 gpu_bytes=None if devices[0].type == "cpu" else _gpus(devices[:1], max_gpu_memory).max_bytes,
             )
+        # Last, since what the process has by then, transformers too, is not free for work.
         memory = plan_memory(
             the_plan, kernels=found_kernels, devices=devices, max_memory=max_memory, max_gpu_memory=max_gpu_memory, threads=threads
         )
         _tell_plan(the_plan, memory, found_kernels)
-        if isinstance(opened, LocalSource):
-            _refuse_overlap(opened.folder, out)
         work = _Work(
             plan=the_plan,
             source=opened,

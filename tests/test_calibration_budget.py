@@ -5,10 +5,12 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import streamquant
 from streamquant.calibrate import layers, run
@@ -16,7 +18,7 @@ from streamquant.calibrate.budget import FLOAT_BYTES, Needs, hidden_budget
 from streamquant.calibrate.statistics import Statistics
 from streamquant.errors import RequestError
 from streamquant.memory import Container
-from tests.checkpoints import WIKI_LLAMA, file_bytes, write_model
+from tests.checkpoints import WIKI_LLAMA, file_bytes, read_tensors, write_model, write_wiki_llama
 from tests.test_calibrate_skeleton import MLA
 
 ROOT = Path(streamquant.__file__).parent.parent
@@ -157,3 +159,28 @@ def test_in_a_small_container_hidden_states_are_in_a_file_and_the_bytes_the_same
     needed[0] = preparation[0].needs.of_layer + 1
     assert converted("tight") == roomy
     assert in_file == [False, False, True]
+
+
+def test_no_more_of_a_layer_is_read_than_is_asked_for_soon() -> None:
+    """A remote layer of experts, read whole, is twice in memory."""
+    asked, begun = 0, []
+
+    def read(name: str) -> torch.Tensor:
+        begun.append(name)
+        assert len(begun) <= asked + 3
+        return torch.tensor(int(name))
+
+    with ThreadPoolExecutor(2) as threads:
+        found = layers._read_ahead(read, map(str, range(20)), threads, 2)
+        for expected in range(20):
+            assert int(next(found)) == expected
+            asked += 1
+
+
+def test_a_model_that_transformers_does_not_know_leaves_no_folder(tmp_path: Path) -> None:
+    source = write_wiki_llama(tmp_path / "source", read_tensors(WIKI_LLAMA))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "no_such_model"}))
+    with pytest.raises(RequestError, match="does not know this model"):
+        streamquant.convert(source, tmp_path / "out", method="gptq", calibration_data=TEXT, **SETTINGS)
+    assert not (tmp_path / "out").exists()
